@@ -1,0 +1,29 @@
+"""Keye-VL-2.0 from Python: `keyecli.load().ask("clip.mp4", "What happens?").text`; loaded lazily."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keyecli.session import Keye as Keye
+    from keyecli.session import load as load
+    from keyecli.tasks.ask import Answer as Answer
+
+__version__ = "0.1.0"
+
+_HOMES = {"load": "keyecli.session", "Keye": "keyecli.session", "Answer": "keyecli.tasks.ask"}
+
+__all__ = ["Answer", "Keye", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'keyecli' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

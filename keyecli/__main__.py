@@ -1,0 +1,5 @@
+"""`python -m keyecli` is `keye`."""
+
+from keyecli.cli import main
+
+main()

@@ -1,0 +1,328 @@
+"""`keye ask` with a random toy model: what goes to which stream, what the options do, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from keyecli import session
+from tests.commands.conftest import Keye, run_keye
+
+Clips = Callable[..., Path]
+FEW = ("--max-tokens", "12")
+CUT_OFF = "keye: warning: the answer was cut off after 12 tokens; raise --max-tokens\n"
+
+
+@pytest.fixture(autouse=True)
+def model(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KEYE_MODEL", str(tiny_checkpoint))
+    return tiny_checkpoint
+
+
+def answer_of(keye: Keye, *arguments: str) -> dict[str, Any]:
+    code, out, _ = keye("ask", *arguments, *FEW, "--json")
+    assert code == 0
+    assert out.endswith("}\n")
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_text_on_stdout_and_the_rest_on_stderr(keye: Keye, clip: Path) -> None:
+    expected = answer_of(keye, str(clip), "What happens?", "--no-think")
+    code, out, err = keye("ask", str(clip), "What happens?", "--no-think", *FEW)
+    assert (code, out, err) == (0, expected["text"] + "\n", CUT_OFF)
+
+
+def test_the_answer_streams(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from keyecli.console import console
+
+    pieces: list[str] = []
+    write = console.result
+    monkeypatch.setattr(
+        console, "result", lambda text, end="\n": (pieces.append(text + end), write(text, end))
+    )
+    _, out, _ = keye("ask", str(clip), "What happens?", "--no-think", *FEW)
+    assert "".join(pieces) == out
+    assert len(pieces) > 3
+
+
+def test_reasoning_goes_to_stderr(keye: Keye, clip: Path) -> None:
+    expected = answer_of(keye, str(clip), "What happens?")
+    assert expected["reasoning"]
+    code, out, err = keye("ask", str(clip), "What happens?", *FEW)
+    assert (code, out, err) == (0, "", expected["reasoning"] + "\n" + CUT_OFF)
+
+
+def test_quiet_leaves_the_answer_alone(keye: Keye, clip: Path) -> None:
+    assert keye("ask", str(clip), "What happens?", *FEW, "-q") == (0, "", "")
+
+
+def test_show_thinking_puts_the_reasoning_before_the_answer(
+    keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(self: Any, inputs: Any, question: str, *, on_text: Any, on_reasoning: Any, **_: Any) -> Any:
+        for piece in ("I see ", "a ball."):
+            on_reasoning(piece)
+        for piece in ("It ", "bounces."):
+            on_text(piece)
+        return type("Answer", (), {"prompt_tokens": 1, "completion_tokens": 4, "timings": {"total_s": 0.5}})
+
+    monkeypatch.setattr(session.Keye, "ask", ask)
+    shown = keye("ask", str(clip), "What happens?", "--show-thinking")
+    assert shown == (0, "I see a ball.\n\nIt bounces.\n", "")
+    hidden = keye("ask", str(clip), "What happens?", "-v")
+    assert hidden == (0, "It bounces.\n", "I see a ball.\nkeye: 1 prompt tokens and 4 new ones in 0.5 s\n")
+
+
+def test_the_question_from_stdin(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\n"))
+    assert answer_of(keye, str(clip), "-")["question"] == "What happens?"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert keye("ask", str(clip), "-")[0] == 2
+
+
+def test_several_inputs_in_their_order(keye: Keye, clip: Path, clips: Clips, folder: Path) -> None:
+    from PIL import Image
+
+    picture = folder / "still.png"
+    Image.new("RGB", (120, 90), (200, 30, 30)).save(picture)
+    other = clips("other.mp4", 26)
+    answer = answer_of(keye, str(other), str(picture), str(clip), "What do they share?")
+    assert [item["path"] for item in answer["inputs"]] == [str(other), str(picture), str(clip)]
+    assert [item["kind"] for item in answer["inputs"]] == ["video", "image", "video"]
+
+
+def test_the_settings_used_are_reported(keye: Keye, clip: Path) -> None:
+    options = ("--fps", "5", "--max_frames", "4", "--start", "0:00.4", "--duration", "1.2", "--seed", "3")
+    answer = answer_of(
+        keye, str(clip), "What?", *options, "--temperature", "0.5", "--top-p", "0.9", "--exact-resize"
+    )
+    (used,) = answer["inputs"]
+    assert used["frames"] == 4
+    assert used["times_s"][0] == pytest.approx(0.4)
+    assert used["times_s"][-1] <= 1.6
+    assert used["settings"]["max_frames"] == 4
+    assert (used["settings"]["start_s"], used["settings"]["end_s"]) == (0.4, 1.6)
+    assert used["settings"]["exact_resize"]
+    assert (answer["seed"], answer["settings"]["temperature"], answer["settings"]["top_p"]) == (3, 0.5, 0.9)
+
+
+def test_pixels_are_an_area_in_tokens(keye: Keye, clip: Path) -> None:
+    smallest = answer_of(keye, str(clip), "What?", "--max-pixels", str(4 * 784))
+    assert smallest["inputs"][0]["width"] * smallest["inputs"][0]["height"] <= 4 * 784
+    largest = answer_of(keye, str(clip), "What?", "--min-pixels", str(30 * 784), "--max-frames", "2")
+    assert largest["inputs"][0]["width"] * largest["inputs"][0]["height"] >= 30 * 784
+
+
+def test_subtitles_reach_the_model(keye: Keye, clip: Path, folder: Path) -> None:
+    lines = folder / "lines.srt"
+    lines.write_text("1\n00:00:00,500 --> 00:00:01,000\nHello there\n")
+    plain = answer_of(keye, str(clip), "What?")
+    assert (
+        answer_of(keye, str(clip), "What?", "--subtitles", str(lines))["prompt_tokens"]
+        > plain["prompt_tokens"]
+    )
+
+
+def test_dry_run_is_the_plan(keye: Keye, clip: Path) -> None:
+    code, out, err = keye("ask", str(clip), "What?", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, err, plan["schema"]) == (0, "", "keye.plan/1")
+    answer = answer_of(keye, str(clip), "What?")
+    assert plan["visual_tokens"] == answer["inputs"][0]["tokens"]
+
+
+def test_the_embedded_model_says_what_it_is(
+    keye: Keye, clip: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keyecli.model import companions
+
+    monkeypatch.delenv("KEYE_MODEL")
+    monkeypatch.setattr(companions, "NANO_FOLDER", model)
+    arguments = ("ask", str(clip), "What?", "--no-think", *FEW)
+    assert keye(*arguments)[2].startswith("keye: keye-nano answers, which knows nothing but synthetic")
+    assert keye(*arguments, "-q")[2] == ""
+    assert "nano" not in keye(*arguments, "-m", str(model))[2]
+
+
+# What can be wrong with an input, and a word of what is said.
+
+
+def missing(folder: Path, clips: Clips) -> Path:
+    return folder / "nowhere.mp4"
+
+
+def directory(folder: Path, clips: Clips) -> Path:
+    return folder
+
+
+def empty(folder: Path, clips: Clips) -> Path:
+    (folder / "empty.mp4").touch()
+    return folder / "empty.mp4"
+
+
+def text(folder: Path, clips: Clips) -> Path:
+    (folder / "text.mp4").write_text("This is no video.\n" * 100)
+    return folder / "text.mp4"
+
+
+def audio_only(folder: Path, clips: Clips) -> Path:
+    path = folder / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44_100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44_100), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44_100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def without_index(folder: Path, clips: Clips) -> Path:
+    whole = clips().read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: whole.index(b"moov") - 4])
+    return folder / "cut.mp4"
+
+
+BAD_INPUTS: dict[Callable[[Path, Clips], Path], str] = {
+    missing: "does not exist",
+    directory: "is a directory",
+    empty: "empty",
+    text: "not a video",
+    audio_only: "video",
+    without_index: "cut off",
+}
+
+
+@pytest.mark.parametrize("make", BAD_INPUTS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("command", ["ask", "plan"])
+def test_an_input_that_cannot_be_read(
+    make: Callable[[Path, Clips], Path], command: str, keye: Keye, folder: Path, clips: Clips
+) -> None:
+    path = make(folder, clips)
+    question = ("What?",) if command == "ask" else ()
+    code, out, err = keye(command, str(path), *question)
+    assert (code, out) == (3, "")
+    assert err.startswith("keye: ")
+    assert err.count("\n") == 1
+    assert str(path) in err
+    assert BAD_INPUTS[make] in err
+
+
+@pytest.fixture
+def half_clip(folder: Path, clips: Clips) -> Path:
+    """A clip whose index stands in front and whose second half is missing."""
+    whole = clips("front.mp4", 100, container_options={"movflags": "faststart"}, options={"g": "10"})
+    path = folder / "half.mp4"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    return path
+
+
+def test_a_clip_cut_off_in_the_middle_is_answered_with_a_warning(keye: Keye, half_clip: Path) -> None:
+    code, out, err = keye("ask", str(half_clip), "What?", "--no-think", *FEW)
+    assert code == 0
+    assert len(out) > 1
+    warning, *rest = err.splitlines(keepends=True)
+    assert warning.startswith("keye: warning: ")
+    assert "half.mp4 is cut off" in warning
+    assert "up to 0:00:0" in warning
+    assert rest == [CUT_OFF]
+    truncated_at_s = answer_of(keye, str(half_clip), "What?")["inputs"][0]["truncated_at_s"]
+    assert 0 < truncated_at_s < 4
+
+
+def test_strict_refuses_it(keye: Keye, half_clip: Path) -> None:
+    code, out, err = keye("ask", str(half_clip), "What?", "--strict")
+    assert (code, out) == (3, "")
+    assert "cut off" in err
+    assert keye("plan", str(half_clip), "--strict")[0] == 3
+
+
+def test_a_part_behind_the_end_is_refused(keye: Keye, clip: Path) -> None:
+    code, out, err = keye("ask", str(clip), "What?", "--start", "100")
+    assert (code, out) in ((2, ""), (3, ""))
+    assert err.count("\n") == 1
+
+
+# What can be wrong with a model.
+
+
+def test_no_such_model(keye: Keye, clip: Path) -> None:
+    code, out, err = keye("ask", str(clip), "What?", "-m", "./nowhere")
+    assert (code, out) == (4, "")
+    assert err.startswith("keye: there is no model folder ./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.json", lambda path: path.unlink()),
+        ("config.json", lambda path: path.write_text("{")),
+        ("model.safetensors", lambda path: path.unlink()),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1000])),
+        ("tokenizer.json", lambda path: path.unlink()),
+    ],
+    ids=["no config", "config no JSON", "no weights", "weights cut off", "no tokenizer"],
+)
+def test_a_damaged_model(
+    file: str, damage: Callable[[Path], None], keye: Keye, clip: Path, model: Path, folder: Path
+) -> None:
+    copy = shutil.copytree(model, folder / "model")
+    damage(copy / file)
+    code, out, err = keye("ask", str(clip), "What?", "-m", str(copy))
+    assert (code, out) == (4, "")
+    assert err.startswith("keye: ")
+    assert err.count("\n") == 1
+
+
+def test_too_little_memory(keye: Keye, clip: Path, model: Path, folder: Path) -> None:
+    copy = shutil.copytree(model, folder / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_experts": 10**12}))
+    code, out, err = keye("ask", str(clip), "What?", "-m", str(copy))
+    assert (code, out) == (5, "")
+    assert "GiB" in err
+    assert err.count("\n") == 1
+
+
+def test_a_question_longer_than_the_context(keye: Keye, clip: Path) -> None:
+    code, out, err = keye("ask", str(clip), "Why? " * 1000)
+    assert (code, out) == (2, "")
+    assert "4,096" in err
+
+
+def test_exit_codes_of_the_process(clip: Path, model: Path, folder: Path, isolated: dict[str, str]) -> None:
+    huge = shutil.copytree(model, folder / "huge")
+    config = json.loads((huge / "config.json").read_text())
+    (huge / "config.json").write_text(json.dumps(config | {"num_experts": 10**12}))
+    program = "import sys\nfrom keyecli.cli import run\nfor line in open('lines'): print(run(line.split()), flush=True)"
+    lines = {
+        f"ask {clip} What? -q --no-think --max-tokens 1 --json": 0,
+        "ask": 2,
+        "ask nowhere.mp4 What?": 3,
+        f"ask {clip} What? -m nowhere": 4,
+        f"ask {clip} What? -m {huge}": 5,
+    }
+    (folder / "lines").write_text("\n".join(lines))
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=isolated, capture_output=True, text=True, check=True
+    )
+    codes = [int(line) for line in ended.stdout.splitlines() if not line.startswith("{")]
+    assert codes == list(lines.values())
+
+
+def test_a_whole_run_in_a_process_of_its_own(clip: Path, isolated: dict[str, str]) -> None:
+    ended = run_keye("ask", str(clip), "-", "--no-think", *FEW, env=isolated, stdin="What happens?")
+    assert ended.returncode == 0
+    assert ended.stdout.endswith("\n")
+    assert ended.stderr == CUT_OFF
