@@ -1,0 +1,1 @@
+"""From a file to chunks of frames with their presentation times."""
