@@ -1,0 +1,1 @@
+"""The operations that cost time; `reference` defines each one in plain PyTorch."""

@@ -1,0 +1,194 @@
+"""Every costly operation in plain PyTorch: the definition, the CPU path and the oracle of the tests.
+
+B batch, T queries, S keys, H query heads, G key/value heads, d head dim, J indexer heads, e indexer dim,
+K most keys a query selects, N frames, P patches a frame, R routed rows, E experts, F expert width, D model width.
+Queries are always the last T of the S positions: query row t stands at position S − T + t.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Above this many keys for each one selected, gathering the selected keys beats computing all of them under a mask.
+GATHER_CROSSOVER = 8
+GATHER_WORKSPACE_BYTES = 256 * 2**20
+
+PADDING_SEGMENT = -1
+SHARED_SEGMENT = 0
+
+
+def visible_keys(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    segments: Tensor | None = None,
+    first_query: int | None = None,
+) -> Tensor:
+    """Which keys each query may see, before any selection.
+
+    Causal always. With segments [B, S] (int) a key is visible when it is in the query's own segment or in segment 0, the
+    prefix that all share; so packed documents are segments 1, 2, … and several answers to one video are segments after a
+    shared 0. Segment −1 is padding: seen by nobody. Every query sees itself, so no row is empty.
+    Returns bool [1 or B, queries, keys]; `first_query` is the position of the first query (default: keys − queries).
+    """
+    first = keys - queries if first_query is None else first_query
+    query_positions = torch.arange(first, first + queries, device=device)[:, None]
+    key_positions = torch.arange(keys, device=device)[None, :]
+    visible = (key_positions <= query_positions)[None]
+    if segments is None:
+        return visible
+    query_segments = segments[:, first : first + queries, None]
+    key_segments = segments[:, None, :keys]
+    allowed = (key_segments == query_segments) | (key_segments == SHARED_SEGMENT)
+    allowed = allowed & (key_segments != PADDING_SEGMENT)
+    return (visible & allowed) | (key_positions == query_positions)[None]
+
+
+def index_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
+    """The lightning indexer: I[t, s] = e^(−1/2) · Σ_j w[t, j] · max(0, q[t, j] · k[s]).
+
+    q: [B, T, J, e]; w: [B, T, J], any sign; k: [B, S, e], shared by the heads. Returns fp32 [B, T, S], all keys, unmasked.
+    One head at a time, so the workspace is a few times the result.
+    """
+    keys = k.transpose(1, 2)
+    scale = q.shape[-1] ** -0.5
+    scores = torch.zeros(1, dtype=torch.float32, device=q.device)
+    for head in range(q.shape[2]):
+        similarity = torch.relu(q[:, :, head] @ keys)
+        scores = scores + similarity.float() * (w[:, :, head, None].float() * scale)
+    return scores
+
+
+def select_top_k(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    """The `top_k` highest visible keys of every query; of equal scores the lower index first, always.
+
+    scores: fp32 [B, T, S]; visible: bool, broadcastable to it. A query with at most `top_k` visible keys selects them all.
+    Returns bool [B, T, S].
+    """
+    visible = visible.expand_as(scores)
+    if scores.shape[-1] <= top_k:
+        return visible
+    masked = scores.masked_fill(~visible, float("-inf"))
+    threshold = masked.topk(top_k, dim=-1).values[..., -1:]
+    above = masked > threshold
+    tied = (masked == threshold) & visible
+    room = top_k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))
+
+
+def selected_indices(selected: Tensor, top_k: int) -> Tensor:
+    """A selection mask [B, T, S] as ascending key indices, int64 [B, T, min(top_k, S)], −1 where a query has fewer."""
+    keys = selected.shape[-1]
+    positions = torch.arange(keys, device=selected.device).expand_as(selected)
+    ranked = (
+        torch.where(selected, positions, keys)
+        .topk(min(top_k, keys), dim=-1, largest=False, sorted=True)
+        .values
+    )
+    return ranked.masked_fill(ranked == keys, -1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention over the keys that `mask` names, all keys computed.
+
+    q: [B, T, H, d]; k, v: [B, S, G, d]; mask: bool [B or 1, T, S], no empty row. Returns [B, T, H, d].
+    """
+    attended = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.unsqueeze(1), enable_gqa=True
+    )
+    return attended.transpose(1, 2)
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tensor:
+    """Grouped-query attention that reads only the selected keys.
+
+    q: [B, T, H, d]; k, v: [B, S, G, d]; indices: int64 [B, T, K], −1 for no key (a query must have at least one).
+    Returns [B, T, H, d]. Queries go in blocks so that the gathered keys stay within `GATHER_WORKSPACE_BYTES`.
+    """
+    batch, queries, heads, dim = q.shape
+    groups = k.shape[2]
+    row_bytes = 2 * indices.shape[-1] * groups * dim * k.element_size() * batch
+    block = max(1, GATHER_WORKSPACE_BYTES // row_bytes)
+    rows = torch.arange(batch, device=q.device)[:, None, None]
+    outputs = []
+    for begin in range(0, queries, block):
+        chosen = indices[:, begin : begin + block]
+        keys = k[rows, chosen.clamp(min=0)]
+        values = v[rows, chosen.clamp(min=0)]
+        grouped = q[:, begin : begin + block].unflatten(2, (groups, heads // groups))
+        logits = torch.einsum("btgrd,btkgd->btgrk", grouped, keys).float() * dim**-0.5
+        logits = logits.masked_fill((chosen < 0)[:, :, None, None], float("-inf"))
+        weights = logits.softmax(-1).to(values.dtype)
+        outputs.append(torch.einsum("btgrk,btkgd->btgrd", weights, values).flatten(2, 3))
+    return torch.cat(outputs, dim=1)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, top_k: int) -> Tensor:
+    """Attention of every query over its own selected keys, one selection for all heads.
+
+    q: [B, T, H, d]; k, v: [B, S, G, d]; selected: bool [B, T, S] with at most `top_k` keys a row. Returns [B, T, H, d].
+    The same function on both sides of the crossover: computed under the mask while S is small, gathered when it is not.
+    """
+    if k.shape[1] <= GATHER_CROSSOVER * top_k:
+        return masked_attention(q, k, v, selected)
+    return gathered_attention(q, k, v, selected_indices(selected, top_k))
+
+
+def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Softmax weights of every head over the keys of `mask`: q [B, T, H, d], k [B, S, G, d] → fp32 [B, H, T, S]."""
+    heads, dim = q.shape[2:]
+    groups = k.shape[2]
+    grouped = q.transpose(1, 2).unflatten(1, (groups, heads // groups))
+    logits = (grouped @ k.transpose(1, 2).unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * dim**-0.5
+    return logits.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
+
+
+def indexer_divergence(probabilities: Tensor, scores: Tensor, mask: Tensor, groups: int) -> Tensor:
+    """Σ_g KL(p_g ‖ softmax(scores)) of every query, up to the constant that the indexer cannot change.
+
+    probabilities: fp32 [B, H, T, S], the teacher over the keys of `mask` (detached here); scores: fp32 [B, T, S].
+    It equals G · KL(p̄ ‖ q) plus a constant, with p̄ the mean over all heads, so that is what is computed; its gradient
+    towards the scores is G · (q − p̄). Returns fp32 [B, T].
+    """
+    teacher = probabilities.detach().mean(1)
+    log_student = scores.masked_fill(~mask, float("-inf")).log_softmax(-1)
+    # Where the mask forbids a key the teacher is 0 and the student's logarithm −inf: their product must be 0, not NaN.
+    log_student = log_student.masked_fill(~mask, 0.0)
+    return groups * (torch.xlogy(teacher, teacher) - teacher * log_student).sum(-1)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention inside each of N frames: q, k, v [N, P, heads, d] → [N, P, heads, d]."""
+    attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return attended.transpose(1, 2)
+
+
+def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] → fp32 weights [T, top_k] and experts [T, top_k]: softmax over all experts in fp32, then the
+    largest; with `normalise` the chosen weights are scaled to add up to one."""
+    probabilities = logits.float().softmax(-1)
+    weights, experts = probabilities.topk(top_k, dim=-1)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, experts
+
+
+def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Σ over a token's experts of weight · down(silu(gate) · up).
+
+    x: [T, D]; weights: fp32 [T, k]; experts: int64 [T, k]; gate_up: [E, D, 2F], columns 0..F−1 gate, F..2F−1 up;
+    down: [E, F, D]. Returns [T, D]. Rows are sorted by expert and multiplied group by group; the sum over a token's
+    experts is taken in a fixed order, so the result is repeatable.
+    """
+    tokens, chosen = experts.shape
+    order = experts.flatten().argsort(stable=True)
+    counts = F.one_hot(experts.flatten(), gate_up.shape[0]).sum(0)
+    ends = counts.cumsum(0).to(torch.int32)
+    rows = x[order // chosen]
+    gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
+    routed = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+    restore = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    per_token = routed[restore].unflatten(0, (tokens, chosen))
+    return (per_token * weights.to(x.dtype).unsqueeze(-1)).sum(1)

@@ -1,0 +1,1 @@
+"""The network and its files: configuration, vision tower, decoder, cache, checkpoint and prompt layout."""

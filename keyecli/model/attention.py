@@ -1,0 +1,182 @@
+"""Grouped-query attention over the keys that the lightning indexer selects.
+
+B batch, T new tokens, S all tokens so far, H query heads, G key/value heads, d head dim, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from keyecli.kernels import reference
+from keyecli.model.cache import KeyeCache
+from keyecli.model.config import KeyeVL2Config
+from keyecli.model.indexer import LightningIndexer, RMSNorm
+from keyecli.model.rope import rotate_half_split
+
+AttentionMode = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every layer of one pass shares.
+
+    rope, index_rope: (cos, sin), [B, T, d] and [B, T, e]. segments: int [B, T] without a cache, see
+    `reference.visible_keys`; the first `shared_prefix` tokens of every row are then its segment 0 and its padding.
+    `mode` "dense" ignores the selection (warm-up of the indexer, and comparisons). `teach_indexer` also returns the
+    divergence between attention and indexer.
+    """
+
+    rope: tuple[Tensor, Tensor]
+    index_rope: tuple[Tensor, Tensor] | None = None
+    cache: KeyeCache | None = None
+    segments: Tensor | None = None
+    shared_prefix: int = 0
+    mode: AttentionMode = "sparse"
+    teach_indexer: bool = False
+
+
+class SparseAttention(nn.Module):
+    """One layer's attention; without `sa_config` it is plain causal attention."""
+
+    def __init__(self, config: KeyeVL2Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.groups, self.dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.groups * self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        sparse = config.sa_config or {"topk": 0, "q_chunk_size": 512}
+        self.top_k: int = sparse["topk"]
+        self.query_chunk: int = sparse["q_chunk_size"]
+        self.sa_indexer = LightningIndexer(config) if config.sa_config is not None else None
+
+    def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+        """x: [B, T, D], normalised → output [B, T, D] and, with `teach_indexer`, the divergence fp32 [B, T]."""
+        q, k, v = self.project(x, *context.rope)
+        index_q = index_w = index_k = None
+        # In a dense pass nobody reads the indexer, unless a cache keeps its keys for later or it is being taught.
+        wanted = context.mode == "sparse" or context.cache is not None or context.teach_indexer
+        if self.sa_indexer is not None and context.index_rope is not None and wanted:
+            # Detached: the next-token loss never reaches the indexer, its own loss never reaches the rest.
+            index_q, index_w, index_k = self.sa_indexer(x.detach(), *context.index_rope)
+        if context.cache is not None:
+            k, v, index_k = context.cache.append(self.layer, k, v, index_k)
+
+        keys = k.shape[1]
+        # While everything visible fits into the selection, sparse and dense are the same function.
+        selects = index_q is not None and context.mode == "sparse" and keys > self.top_k
+        if not selects and not context.teach_indexer:
+            attended, divergence = self._dense(q, k, v, context), None
+        else:
+            attended, divergence = self._chunked(q, k, v, index_q, index_w, index_k, selects, context)
+        return self.o_proj(attended.flatten(2)), divergence
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, T, D]; cos, sin: [B, T, d] → q [B, T, H, d], k and v [B, T, G, d], normalised and rotated."""
+        batch, tokens, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, tokens, self.heads, self.dim))
+        k = self.k_norm(self.k_proj(x).view(batch, tokens, self.groups, self.dim))
+        v = self.v_proj(x).view(batch, tokens, self.groups, self.dim)
+        return rotate_half_split(q, cos, sin), rotate_half_split(k, cos, sin), v
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Causal attention over everything visible. Rows of a shared prefix need no mask beyond causality: padding stands
+        behind what it pads."""
+        queries, keys = q.shape[1], k.shape[1]
+        plain = queries if context.segments is None else context.shared_prefix
+        # Of torch's attention kernels only the one that never writes T×T scores takes grouped heads, and it has no fp32 on CUDA.
+        bounded = q.device.type == "cpu" or q.dtype in (torch.float16, torch.bfloat16)
+        if plain and queries == keys and bounded:
+            head = torch.nn.functional.scaled_dot_product_attention(
+                q[:, :plain].transpose(1, 2),
+                k[:, :plain].transpose(1, 2),
+                v[:, :plain].transpose(1, 2),
+                is_causal=True,
+                enable_gqa=True,
+            ).transpose(1, 2)
+            if plain == queries:
+                return head
+            tail, _ = self._chunked(q, k, v, None, None, None, False, context, first=plain)
+            return torch.cat((head, tail), dim=1)
+        return self._chunked(q, k, v, None, None, None, False, context)[0]
+
+    def _chunked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor | None,
+        index_w: Tensor | None,
+        index_k: Tensor | None,
+        selects: bool,
+        context: AttentionContext,
+        first: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries from row `first` on, a chunk at a time against all keys before its end, so nothing T×T exists."""
+        queries, keys = q.shape[1], k.shape[1]
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        outputs, divergences = [], []
+        for begin in range(first, queries, self.query_chunk):
+            end = min(begin + self.query_chunk, queries)
+            position = keys - queries + begin
+            seen = keys - queries + end
+            visible = reference.visible_keys(end - begin, seen, q.device, context.segments, position)
+            arguments = (
+                q[:, begin:end],
+                k[:, :seen],
+                v[:, :seen],
+                None if index_q is None else index_q[:, begin:end],
+                None if index_w is None else index_w[:, begin:end],
+                None if index_k is None else index_k[:, :seen],
+                visible,
+                selects,
+                context.teach_indexer,
+            )
+            if recompute:
+                output, divergence = checkpoint(self._chunk, *arguments, use_reentrant=False)
+            else:
+                output, divergence = self._chunk(*arguments)
+            outputs.append(output)
+            divergences.append(divergence)
+        divergence = torch.cat(divergences, dim=1) if context.teach_indexer else None
+        return torch.cat(outputs, dim=1), divergence
+
+    def _chunk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor | None,
+        index_w: Tensor | None,
+        index_k: Tensor | None,
+        visible: Tensor,
+        selects: bool,
+        teach_indexer: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One chunk of queries: scores, selection, attention and, when asked, the indexer's divergence over it."""
+        if index_q is None or index_w is None or index_k is None:
+            return reference.masked_attention(q, k, v, visible), None
+        scores = reference.index_scores(index_q, index_w, index_k) if selects or teach_indexer else None
+        mask = visible.expand(q.shape[0], -1, -1)
+        if selects and scores is not None:
+            mask = reference.select_top_k(scores.detach(), visible, self.top_k)
+        if not teach_indexer or scores is None:
+            return reference.sparse_attention(q, k, v, mask, self.top_k), None
+        output = reference.masked_attention(q, k, v, mask)
+        with torch.no_grad():
+            teacher = reference.attention_probabilities(q, k, mask)
+        return output, reference.indexer_divergence(teacher, scores, mask, self.groups)

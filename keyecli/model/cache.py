@@ -1,0 +1,70 @@
+"""Preallocated keys, values and indexer keys of every layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keyecli.model.config import KeyeVL2Config
+
+
+class KeyeCache:
+    """Room for `capacity` tokens: per layer k and v [B, capacity, G, d] and one indexer key [B, capacity, e].
+
+    `length` tokens are filled. A layer's `append` writes behind them; `advance`, called once after the last layer, makes
+    them count.
+    """
+
+    def __init__(
+        self,
+        config: KeyeVL2Config,
+        capacity: int,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        self.capacity = capacity
+        self.length = 0
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.index_k: Tensor | None = None
+        if config.sa_config is not None:
+            self.index_k = torch.empty(
+                (*shape[:3], config.sa_config["indexer_head_dim"]), dtype=dtype, device=device
+            )
+
+    def append(
+        self, layer: int, k: Tensor, v: Tensor, index_k: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write T new tokens of one layer and return everything up to and including them.
+
+        k, v: [B, T, G, d]; index_k: [B, T, e]. Returns views of length `length + T`. ValueError when there is no room.
+        """
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens and {end} were asked for")
+        self.k[layer, :, self.length : end] = k
+        self.v[layer, :, self.length : end] = v
+        if self.index_k is None or index_k is None:
+            return self.k[layer, :, :end], self.v[layer, :, :end], None
+        self.index_k[layer, :, self.length : end] = index_k
+        return self.k[layer, :, :end], self.v[layer, :, :end], self.index_k[layer, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` appended tokens as filled."""
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
+
+    @staticmethod
+    def bytes_per_token(config: KeyeVL2Config, dtype: torch.dtype) -> int:
+        """Bytes one token takes over all layers: k, v and the indexer key."""
+        width = 2 * config.num_key_value_heads * config.head_dim
+        if config.sa_config is not None:
+            width += config.sa_config["indexer_head_dim"]
+        return config.num_hidden_layers * width * dtype.itemsize

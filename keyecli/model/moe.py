@@ -1,0 +1,60 @@
+"""The feed-forward half of a layer: routed experts, or a plain SwiGLU in the dense sibling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keyecli.kernels import reference
+from keyecli.model.config import KeyeVL2Config
+
+
+class Experts(nn.Module):
+    """All experts of a layer in two tensors, [expert, in, out] as in the official files."""
+
+    def __init__(self, config: KeyeVL2Config) -> None:
+        super().__init__()
+        assert config.num_experts
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, 2 * width))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, width, config.hidden_size))
+
+
+class SparseMoE(nn.Module):
+    """Each token goes to its `num_experts_per_tok` best experts."""
+
+    def __init__(self, config: KeyeVL2Config) -> None:
+        super().__init__()
+        assert config.num_experts
+        self.top_k = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, D] → [B, T, D]."""
+        rows = x.flatten(0, 1)
+        weights, experts = reference.route(self.gate(rows), self.top_k, self.normalise)
+        mixed = reference.moe_experts(
+            rows, weights, experts, self.experts.gate_up_proj, self.experts.down_proj
+        )
+        return mixed.view_as(x)
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU, used when the configuration names no experts."""
+
+    def __init__(self, config: KeyeVL2Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def feed_forward(config: KeyeVL2Config) -> SparseMoE | DenseMLP:
+    """The feed-forward that the configuration asks for."""
+    return SparseMoE(config) if config.is_moe else DenseMLP(config)

@@ -1,0 +1,52 @@
+"""Fixtures that several rooms share: a random toy checkpoint in the official layout and what is loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint folder of a random toy model. Shared by the whole session: read it, never write into it."""
+    from tests.tiny import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a checkpoint of a test's own: `make_checkpoint(config=..., tensors=..., shards=...)` → its folder."""
+    from tests.tiny import write_checkpoint
+
+    def make(name: str = "checkpoint", **arguments: Any) -> Path:
+        return write_checkpoint(tmp_path / name, **arguments)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path) -> Any:
+    """The toy model on the CPU in fp32, in eval mode. Shared: do not change its weights."""
+    from keyecli.model.checkpoint import load_model
+
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_checkpoint: Path) -> Any:
+    """The toy tokenizer: one token a byte, and the special tokens."""
+    from keyecli.model.checkpoint import load_tokenizer
+
+    return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests must not reach the hub, nor see the user's settings."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("KEYE_MODEL", "KEYE_DEVICE", "KEYE_DTYPE"):
+        monkeypatch.delenv(name, raising=False)
