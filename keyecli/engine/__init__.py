@@ -1,0 +1,1 @@
+"""Running the network: the plan of a run, the streamed prefill and token-by-token generation."""

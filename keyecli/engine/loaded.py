@@ -1,0 +1,206 @@
+"""A model in memory: configuration, weights, tokenizer and preprocessor, on one device in one dtype."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from keyecli.engine.plan import DTYPE_BYTES, gib, parameter_count
+from keyecli.errors import MemoryLimitError, UsageError
+from keyecli.model.checkpoint import (
+    Preprocessor,
+    load_config,
+    load_model,
+    load_preprocessor,
+    load_tokenizer,
+    resolve_model,
+    weights_revision,
+)
+from keyecli.model.config import KeyeVL2Config
+from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+
+OnProgress = Callable[[str, float, float | None], None]
+"""Told what is being done, how much of it is done, and of how much (None: unknown)."""
+
+NANO_NAME = "keye-nano"
+DTYPE_SPELLINGS = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32",
+    "bf16": "bf16", "bfloat16": "bf16",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Everything about a model but its weights: enough to plan a run."""
+
+    name: str
+    folder: Path
+    config: KeyeVL2Config
+    preprocessor: Preprocessor
+    device: str
+    dtype: str
+
+    @property
+    def is_nano(self) -> bool:
+        """True for the embedded default model, which knows synthetic clips only."""
+        return self.name == NANO_NAME
+
+
+@dataclass(frozen=True)
+class LoadedModel(ModelFiles):
+    """The same with weights and tokenizer; `revision` names the weights, `dtype` is fp32, bf16 or fp16."""
+
+    revision: str
+    model: KeyeVL2ForConditionalGeneration
+    tokenizer: Any
+    generation_config: GenerationConfig | None
+
+
+def open_model(
+    model: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> ModelFiles:
+    """Find a model (a folder, a hub name in the local cache, None: embedded nano) and read its small files.
+
+    Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32. ModelError, UsageError.
+    """
+    folder = resolve_model(None if model is None else str(model), revision)
+    chosen = choose_device(device)
+    return ModelFiles(
+        name=NANO_NAME if model is None else str(model),
+        folder=folder,
+        config=load_config(folder),
+        preprocessor=load_preprocessor(folder),
+        device=chosen,
+        dtype=choose_dtype(dtype, chosen),
+    )
+
+
+def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) -> LoadedModel:
+    """Load what `files` describes. ModelError; MemoryLimitError when there is no room for the weights."""
+    need = parameter_count(files.config) * DTYPE_BYTES[files.dtype]
+    free = free_memory_bytes(files.device)
+    if free is not None and need > free:
+        way = "use --dtype bf16 or " if files.dtype == "fp32" and need // 2 <= free else ""
+        raise MemoryLimitError(
+            f"the weights of {files.name} take {gib(need)} in {files.dtype} and {gib(free)} are free on "
+            f"{files.device}: {way}use a larger device or a smaller model"
+        )
+
+    def report(done: int, total: int) -> None:
+        if on_progress:
+            on_progress("loading weights", done, total)
+
+    with memory_limits(files.device):
+        model = load_model(
+            files.folder, device=files.device, dtype=torch_dtype(files.dtype), on_progress=report
+        )
+    return LoadedModel(
+        **vars(files),
+        revision=weights_revision(files.folder),
+        model=model,
+        tokenizer=load_tokenizer(files.folder),
+        generation_config=_read_generation_config(files.folder),
+    )
+
+
+def choose_device(device: str | None) -> str:
+    """The device to run on; UsageError for one that this machine does not have."""
+    if device is None or device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device} is not a device; use cpu, cuda or cuda:N") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is not supported; use cpu, cuda or cuda:N")
+    present = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= present:
+        raise UsageError(f"--device {device} does not exist: this machine has {present} CUDA devices")
+    return str(wanted)
+
+
+def choose_dtype(dtype: str | None, device: str) -> str:
+    """fp32, bf16 or fp16 in any common spelling; by default bf16 on cuda and fp32 elsewhere."""
+    if dtype is None or dtype == "auto":
+        return "bf16" if device.startswith("cuda") else "fp32"
+    spelling = DTYPE_SPELLINGS.get(dtype.lower().removeprefix("torch."))
+    if spelling is None:
+        raise UsageError(f"--dtype {dtype} is not known; use bf16, fp16 or fp32")
+    return spelling
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+def free_memory_bytes(device: str) -> int | None:
+    """Bytes the device can still give, with what torch holds unused; None where it cannot be known."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        known = [size for size in (_available_memory(), _control_group_room()) if size is not None]
+        return min(known, default=None)
+    return None
+
+
+def _available_memory() -> int | None:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return None
+
+
+def _control_group_room(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Room below a container's limit (version 2 groups); file cache counts as free, since it gives way."""
+    files = (root / "memory.max", root / "memory.current", root / "memory.stat")
+    if not all(os.access(file, os.R_OK) for file in files):
+        return None
+    limit, current, lines = (file.read_text().strip() for file in files)
+    if limit == "max":
+        return None
+    statistics = dict(line.split() for line in lines.splitlines())
+    cache = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    return max(0, int(limit) - int(current) + cache)
+
+
+@contextmanager
+def memory_limits(device: str) -> Iterator[None]:
+    """Running out of memory inside the block becomes a MemoryLimitError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryLimitError(_out_of_memory(device)) from error
+    except RuntimeError as error:
+        # The CPU allocator has no exception class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise MemoryLimitError(_out_of_memory(device)) from error
+
+
+def _out_of_memory(device: str) -> str:
+    return (
+        f"{device} ran out of memory while running: sample less with --fps, --max-frames, --end or "
+        "--max-tokens-video, use --dtype bf16, or free memory on the device"
+    )
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig | None:
+    """transformers' generation settings of the folder, None when it has none; only its stop ids are used."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)

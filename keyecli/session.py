@@ -1,0 +1,186 @@
+"""The Python way in: `load` a model and `ask` it; `plan` tells the cost without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from keyecli.engine.loaded import (
+    LoadedModel,
+    ModelFiles,
+    OnProgress,
+    free_memory_bytes,
+    load_weights,
+    open_model,
+)
+from keyecli.engine.plan import RunPlan, plan_inputs, plan_run
+from keyecli.errors import UsageError
+from keyecli.model.checkpoint import Preprocessor
+from keyecli.model.config import KeyeVL2Config
+from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.tasks.ask import Answer, AskSettings, OnText, ask, open_inputs, prompt_text
+from keyecli.tasks.options import AskOptions, ask_settings
+
+Inputs = str | Path | Sequence[str | Path]
+
+
+class Keye:
+    """A loaded model. Make one with `load`."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+
+    def __repr__(self) -> str:
+        return f"<Keye {self.name} on {self.device} in {self.dtype}>"
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def is_nano(self) -> bool:
+        """True for the embedded default model, which knows synthetic clips only."""
+        return self.loaded.is_nano
+
+    @property
+    def revision(self) -> str:
+        """A short name of the weights."""
+        return self.loaded.revision
+
+    @property
+    def device(self) -> str:
+        return self.loaded.device
+
+    @property
+    def dtype(self) -> str:
+        return self.loaded.dtype
+
+    @property
+    def config(self) -> KeyeVL2Config:
+        return self.loaded.config
+
+    @property
+    def model(self) -> KeyeVL2ForConditionalGeneration:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        return self.loaded.preprocessor
+
+    def ask(
+        self,
+        inputs: Inputs,
+        question: str,
+        *,
+        settings: AskSettings | None = None,
+        on_text: OnText | None = None,
+        on_reasoning: OnText | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[AskOptions],
+    ) -> Answer:
+        """Answer a question about one or several videos and images, which the model sees in the order given.
+
+        `options` are those of `AskOptions`; or give `settings` whole. `on_text` and `on_reasoning` get the
+        pieces as they come, `on_progress` a description, what is done, and of how much. Errors: see
+        `keyecli.tasks.ask.ask`.
+        """
+        return ask(
+            self.loaded,
+            inputs,
+            question,
+            _settings(self.preprocessor, settings, options),
+            on_text=on_text,
+            on_reasoning=on_reasoning,
+            on_progress=on_progress,
+        )
+
+    def plan(
+        self,
+        inputs: Inputs,
+        question: str = "",
+        *,
+        settings: AskSettings | None = None,
+        **options: Unpack[AskOptions],
+    ) -> RunPlan:
+        """What `ask` with the same arguments will take: frames, tokens, memory. Nothing is decoded."""
+        chosen = _settings(self.preprocessor, settings, options)
+        return _plan(self.loaded, inputs, question, chosen, weights_loaded=True)
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    offline: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Keye:
+    """Load a model: a folder, a hub name in the local Hugging Face cache, no argument for the embedded nano.
+
+    device: "cpu", "cuda" or "cuda:N" (default: cuda where there is one); dtype: "bf16", "fp16" or "fp32"
+    (default: bf16 on cuda, else fp32). ModelError: no such model, or a damaged one; MemoryLimitError: no
+    room for the weights.
+    """
+    _require_offline(offline)
+    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    return Keye(load_weights(files, on_progress=on_progress))
+
+
+def plan(
+    inputs: Inputs,
+    question: str = "",
+    *,
+    model: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    offline: bool = True,
+    settings: AskSettings | None = None,
+    **options: Unpack[AskOptions],
+) -> RunPlan:
+    """What a run will take, worked out from the model's configuration without loading its weights.
+
+    `RunPlan.check()` refuses a run that does not fit the context or the device.
+    """
+    _require_offline(offline)
+    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    chosen = _settings(files.preprocessor, settings, options)
+    return _plan(files, inputs, question, chosen, weights_loaded=False)
+
+
+def _plan(
+    files: ModelFiles, inputs: Inputs, question: str, settings: AskSettings, *, weights_loaded: bool
+) -> RunPlan:
+    inputs_planned = plan_inputs(open_inputs(inputs, settings), settings.sampling)
+    return plan_run(
+        inputs_planned,
+        files.config,
+        model=files.name,
+        device=files.device,
+        dtype=files.dtype,
+        max_tokens=settings.generation.max_tokens,
+        text=prompt_text(question, inputs_planned, settings),
+        free_bytes=free_memory_bytes(files.device),
+        weights_loaded=weights_loaded,
+    )
+
+
+def _settings(preprocessor: Preprocessor, settings: AskSettings | None, options: AskOptions) -> AskSettings:
+    if settings is None:
+        return ask_settings(preprocessor, **options)
+    if options:
+        raise UsageError("give either settings or single options, not both")
+    return settings
+
+
+def _require_offline(offline: bool) -> None:
+    if not offline:
+        raise UsageError(
+            "models are loaded from local files only: download the model first, then load it by its hub name"
+        )

@@ -1,0 +1,265 @@
+"""The plan of a run: worked numbers for the released shape, and refusals that name what would help."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from keyecli.engine.loaded import (
+    LoadedModel,
+    _control_group_room,
+    choose_device,
+    choose_dtype,
+    free_memory_bytes,
+)
+from keyecli.engine.plan import (
+    MASKED_KEYS_PER_SELECTED,
+    InputPlan,
+    RunPlan,
+    cache_bytes_per_token,
+    frames_per_group,
+    gib,
+    parameter_count,
+    plan_inputs,
+    plan_run,
+    prefill_workspace_bytes,
+)
+from keyecli.engine.stream import visual_of
+from keyecli.errors import MemoryLimitError, UsageError
+from keyecli.kernels.reference import GATHER_CROSSOVER
+from keyecli.model.cache import KeyeCache
+from keyecli.model.config import KeyeVL2Config
+from keyecli.model.prompt import build_prompt
+from keyecli.video.sampling import FrameBudget, SamplingSettings
+from keyecli.video.source import FrameTimes
+from tests.engine.scenes import planned
+
+OFFICIAL_PARAMETERS = 31_122_082_160
+OFFICIAL_CACHE_BYTES = 48 * (2 * 4 * 128 + 64) * 2
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def official() -> KeyeVL2Config:
+    return KeyeVL2Config(
+        num_experts=128, sa_config={"indexer_head_dim": 64, "indexer_num_heads": 16, "topk": 2048}
+    )
+
+
+def run_plan(config: KeyeVL2Config, inputs: list[InputPlan], **changes: Any) -> RunPlan:
+    settings: dict[str, Any] = {"model": "m", "device": "cuda", "dtype": "bf16", "max_tokens": 2048}
+    return plan_run(inputs, config, **{**settings, **changes})
+
+
+def test_parameters_of_the_official_model(official: KeyeVL2Config) -> None:
+    assert parameter_count(official) == OFFICIAL_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_experts": None}, {"sa_config": None}, {"attention_bias": True}, {"tie_word_embeddings": True}],
+)
+def test_parameters_equal_those_of_the_built_model(loaded: LoadedModel, changes: dict[str, Any]) -> None:
+    from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+    from tests.tiny import tiny_config
+
+    config = KeyeVL2Config(**tiny_config(**changes))
+    with torch.device("meta"):
+        model = KeyeVL2ForConditionalGeneration(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_cache_bytes(official: KeyeVL2Config, loaded: LoadedModel) -> None:
+    assert cache_bytes_per_token(official, 2) == OFFICIAL_CACHE_BYTES == 104_448
+    assert cache_bytes_per_token(official, 2) == KeyeCache.bytes_per_token(official, torch.bfloat16)
+    cache = KeyeCache(loaded.config, 10)
+    assert (
+        cache_bytes_per_token(loaded.config, 4) * 10 == cache.k.nbytes + cache.v.nbytes + cache.index_k.nbytes
+    )
+
+
+def test_worked_plan_of_an_hour(official: KeyeVL2Config) -> None:
+    # 720 frames of 16 × 16 tokens: exactly the total budget of 184,320.
+    item = planned("hour.mp4", 720, 16, 16)
+    plan = run_plan(official, [item], text="What happens?")
+    digits = sum(len(f"{index / 2:.1f}") for index in range(720))
+    assert plan.frames == 720
+    assert plan.visual_tokens == 184_320
+    assert plan.prompt_tokens == 184_320 + 720 + digits + 2 + 32 + 5
+    assert plan.max_tokens == 2048
+    assert plan.context_tokens == 262_144
+    assert plan.context_share == plan.prompt_tokens / 262_144
+    assert plan.memory.weights_bytes == 62_244_164_320
+    assert plan.memory.cache_bytes == (plan.prompt_tokens + 2048) * 104_448
+    assert gib(plan.memory.cache_bytes) == "18.5 GiB"
+    # A fixed workspace: the scores of 512 queries, not of all.
+    assert 2 * GIB < plan.memory.workspace_bytes < 4 * GIB
+    assert plan.needed_bytes == plan.memory.total_bytes
+
+
+def test_workspace_grows_with_length_only_through_one_chunk_of_scores(official: KeyeVL2Config) -> None:
+    at_128k, at_256k = (prefill_workspace_bytes(official, tokens, 2, "cuda") for tokens in (131_072, 262_144))
+    assert at_256k - at_128k == 512 * 131_072 * 26
+
+
+def test_workspace_follows_the_attention_that_is_computed(official: KeyeVL2Config) -> None:
+    assert MASKED_KEYS_PER_SELECTED == GATHER_CROSSOVER
+    # 512 queries × 16,384 keys: on a GPU three copies of 32 heads' bf16 scores outweigh the selection.
+    attention = 512 * 16_384 * (32 * 3 * 2 + 1)
+    on_gpu, on_cpu = (prefill_workspace_bytes(official, 16_384, 2, device) for device in ("cuda", "cpu"))
+    assert on_gpu - on_cpu == attention - 512 * 16_384 * 26
+
+
+def test_estimate_is_close_to_the_real_prompt(loaded: LoadedModel) -> None:
+    inputs = [planned("a.mp4", 40), planned("b.png", 1, kind="image"), planned("c.mp4", 12)]
+    question = "What happens at the end, and when does it begin?"
+    content = [{"type": item.sampling.kind} for item in inputs] + [{"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    prompt = build_prompt(loaded.tokenizer, loaded.config, messages, [visual_of(item) for item in inputs])
+    estimate = run_plan(loaded.config, inputs, text=question).prompt_tokens
+    assert abs(estimate / len(prompt.input_ids) - 1) < 0.1
+
+
+def test_groups_hold_at_least_one_frame() -> None:
+    assert [frames_per_group(patches) for patches in (256, 1024, 8192, 81_920)] == [32, 8, 1, 1]
+
+
+def test_several_videos_share_the_budget_and_images_do_not() -> None:
+    def info(kind: str) -> Any:
+        times = FrameTimes(range(201), Fraction(1, 2))
+        return SimpleNamespace(
+            kind=kind, width=448, height=448, frame_times=times, duration_s=Fraction(100), path=Path("x")
+        )
+
+    settings = SamplingSettings(budget=FrameBudget(min_tokens=4, total_tokens=8000))
+    alone = plan_inputs([info("video")], settings)[0].sampling.tokens
+    first, image, second = (
+        item.sampling for item in plan_inputs([info("video"), info("image"), info("animation")], settings)
+    )
+    assert 4000 < alone <= 8000
+    assert first.tokens == second.tokens <= 4000
+    assert (first.kind, image.kind, second.kind) == ("video", "image", "video")
+    assert image.tokens == 256
+
+
+def test_answer_is_cut_to_what_the_context_leaves(loaded: LoadedModel) -> None:
+    plan = run_plan(loaded.config, [planned("a.mp4", 2)], prompt_tokens=4000)
+    assert (plan.context_tokens, plan.max_tokens, plan.total_tokens) == (4096, 96, 4096)
+    plan.check()
+
+
+def test_too_long_for_the_context_is_a_usage_error(official: KeyeVL2Config) -> None:
+    item = planned("day.mp4", 2000, 16, 16)
+    with pytest.raises(UsageError) as refusal:
+        run_plan(official, [item]).check()
+    message = str(refusal.value)
+    assert "262,144" in message
+    assert all(flag in message for flag in ("--fps", "--max-frames", "--end", "--max-tokens-video"))
+    # The number it names does fit, with the tokens around the frames.
+    room = int(re.search(r"--max-tokens-video (\d+)", message)[1])  # type: ignore[index]
+    fitting = planned("day.mp4", room // 256, 16, 16)
+    run_plan(official, [fitting]).check()
+    assert room > 200_000
+
+
+def test_too_many_images_for_the_context(loaded: LoadedModel) -> None:
+    with pytest.raises(UsageError, match=r"--max-pixels \d+ or give fewer"):
+        run_plan(loaded.config, [planned(f"{i}.png", 1, 20, 20, kind="image") for i in range(12)]).check()
+
+
+def test_not_enough_memory_for_the_cache(official: KeyeVL2Config) -> None:
+    free = 66 * GIB
+    plan = run_plan(official, [planned("hour.mp4", 720, 16, 16)], free_bytes=free)
+    with pytest.raises(MemoryLimitError) as refusal:
+        plan.check()
+    message = str(refusal.value)
+    assert "weights 58.0 GiB, cache 18.5 GiB" in message
+    assert "66.0 GiB are free" in message
+    room = int(re.search(r"--max-tokens-video (\d+)", message)[1])  # type: ignore[index]
+    run_plan(official, [planned("hour.mp4", room // 256, 16, 16)], free_bytes=free).check()
+
+
+def test_weights_that_are_loaded_are_not_asked_for_again(official: KeyeVL2Config) -> None:
+    run_plan(official, [planned("hour.mp4", 720, 16, 16)], free_bytes=24 * GIB, weights_loaded=True).check()
+
+
+def test_half_the_dtype_is_named_when_it_helps(official: KeyeVL2Config) -> None:
+    with pytest.raises(MemoryLimitError, match="--dtype bf16"):
+        run_plan(official, [planned("a.mp4", 20, 16, 16)], dtype="fp32", free_bytes=80 * GIB).check()
+
+
+def test_no_flag_is_named_when_none_helps(official: KeyeVL2Config) -> None:
+    with pytest.raises(MemoryLimitError, match="a larger device") as refusal:
+        run_plan(official, [planned("a.mp4", 20, 16, 16)], free_bytes=24 * GIB).check()
+    assert "--" not in str(refusal.value)
+
+
+def test_unknown_free_memory_refuses_nothing(official: KeyeVL2Config) -> None:
+    run_plan(official, [planned("a.mp4", 20)], free_bytes=None).check()
+
+
+def test_plan_as_data(official: KeyeVL2Config) -> None:
+    plan = run_plan(official, [planned("a.mp4", 21, 4, 6)], free_bytes=5)
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert data["schema"] == "keye.plan/1"
+    assert data["visual_tokens"] == 21 * 24
+    assert data["inputs"][0] == {
+        "path": "a.mp4",
+        "kind": "video",
+        "duration_s": 10.5,
+        "source_width": 640,
+        "source_height": 360,
+        "frames": 21,
+        "fps": 2.0,
+        "start_s": 0.0,
+        "end_s": 10.0,
+        "width": 168,
+        "height": 112,
+        "tokens_per_frame": 24,
+        "tokens": 504,
+        "truncated_at_s": None,
+    }
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import keyecli.engine.plan, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_devices_and_dtypes() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert choose_device(None) == choose_device("auto") == expected
+    assert choose_device("cpu") == "cpu"
+    for wrong in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(UsageError, match=wrong):
+            choose_device(wrong)
+    assert choose_dtype(None, "cuda:1") == "bf16"
+    assert choose_dtype("auto", "cpu") == "fp32"
+    assert choose_dtype("torch.bfloat16", "cpu") == "bf16"
+    with pytest.raises(UsageError, match="int8"):
+        choose_dtype("int8", "cpu")
+
+
+def test_free_memory_of_a_container(tmp_path: Path) -> None:
+    assert _control_group_room(tmp_path) is None
+    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{5 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {GIB}\nactive_file {GIB}\n")
+    assert _control_group_room(tmp_path) == 5 * GIB
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _control_group_room(tmp_path) is None
+
+
+def test_free_memory_is_known_on_linux() -> None:
+    free = free_memory_bytes("cpu")
+    assert (free is not None) == (sys.platform == "linux")
+    assert free is None or 2**26 < free < 2**50

@@ -1,0 +1,210 @@
+"""The streamed prefill: step sizes change nothing, memory does not grow, and lost frames leave the prompt in step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+from keyecli.engine import stream
+from keyecli.engine.generate import GenerationSettings, generate
+from keyecli.engine.loaded import LoadedModel
+from keyecli.engine.plan import InputPlan
+from keyecli.engine.stream import (
+    Prefilled,
+    PromptFeeder,
+    StreamSettings,
+    Timings,
+    cache_tokens,
+    prefill_stream,
+    visual_of,
+)
+from keyecli.model.cache import KeyeCache
+from keyecli.model.prompt import Prompt, Visual, build_prompt
+from tests.compare import assert_close
+from tests.engine.scenes import all_embeds, fake_decoder, planned
+
+ANSWER_TOKENS = 8
+INPUTS = [planned("a.mp4", 7), planned("b.png", 1, 3, 4, kind="image"), planned("c.mp4", 4, 3, 2)]
+
+
+class Layouts:
+    """Lays out a question about `inputs` and remembers what it was asked for."""
+
+    def __init__(self, loaded: LoadedModel, inputs: Sequence[InputPlan]) -> None:
+        self.loaded, self.inputs = loaded, inputs
+        self.asked: list[list[Visual]] = []
+
+    def __call__(self, visuals: Sequence[Visual]) -> Prompt:
+        self.asked.append(list(visuals))
+        content = [{"type": item.sampling.kind} for item in self.inputs] + [
+            {"type": "text", "text": "What happens?"}
+        ]
+        messages = [{"role": "user", "content": content}]
+        return build_prompt(self.loaded.tokenizer, self.loaded.config, messages, visuals)
+
+
+def prefill(
+    loaded: LoadedModel, inputs: Sequence[InputPlan], settings: StreamSettings | None = None, **arguments: Any
+) -> tuple[Prefilled, KeyeCache]:
+    layouts = Layouts(loaded, inputs)
+    prompt_tokens = len(layouts([visual_of(item) for item in inputs]).input_ids)
+    cache = KeyeCache(loaded.config, cache_tokens(inputs, prompt_tokens) + ANSWER_TOKENS)
+    return prefill_stream(loaded, inputs, layouts, cache, settings=settings, **arguments), cache
+
+
+def answer(loaded: LoadedModel, prefilled: Prefilled, cache: KeyeCache) -> tuple[int, ...]:
+    settings = GenerationSettings(max_tokens=ANSWER_TOKENS)
+    position = prefilled.prompt.next_position
+    generation = generate(
+        loaded.model, loaded.tokenizer, cache, prefilled.hidden, position, settings, stop_ids=()
+    )
+    return generation.token_ids
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "decode_frames", fake_decoder())
+
+
+def test_equals_one_forward_over_everything(loaded: LoadedModel) -> None:
+    prefilled, cache = prefill(loaded, INPUTS)
+    prompt = prefilled.prompt
+    with torch.inference_mode():
+        embeds = loaded.model.embed(prompt.input_ids[None], all_embeds(loaded, INPUTS))
+        hidden = loaded.model.decode(embeds, prompt.position_ids[:, None])
+    assert_close(prefilled.hidden, hidden[:, -1:], what="last hidden state")
+    assert cache.length == len(prompt.input_ids) > 10 * loaded.config.sa_config["topk"]
+    assert prefilled.times_s == tuple(item.sampling.times_s for item in INPUTS)
+
+
+@pytest.mark.parametrize("group_patches", [1, 24, 60, 100_000])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 100_000])
+def test_step_sizes_do_not_change_the_tokens(
+    loaded: LoadedModel, group_patches: int, chunk_tokens: int
+) -> None:
+    expected = answer(loaded, *prefill(loaded, INPUTS))
+    assert answer(loaded, *prefill(loaded, INPUTS, StreamSettings(group_patches, chunk_tokens))) == expected
+
+
+def test_chunks_are_whole_and_few_embeddings_wait(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, waiting = [], []
+    decode, add = loaded.model.decode, PromptFeeder.add
+
+    def watched_decode(embeds: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        lengths.append(embeds.shape[1])
+        return decode(embeds, *arguments)
+
+    def watched_add(self: PromptFeeder, embeds: torch.Tensor) -> None:
+        add(self, embeds)
+        waiting.append(sum(len(part) for part in self._embeds))
+
+    monkeypatch.setattr(loaded.model, "decode", watched_decode)
+    monkeypatch.setattr(PromptFeeder, "add", watched_add)
+    prefilled, _ = prefill(
+        loaded, [planned("long.mp4", 120)], StreamSettings(group_patches=48, chunk_tokens=32)
+    )
+    assert set(lengths[:-1]) == {32}
+    assert sum(lengths) == len(prefilled.prompt.input_ids)
+    assert len(waiting) == 60
+    assert max(waiting) < 32
+
+
+@pytest.mark.parametrize("lost", [[0], [3], [6], [0, 1, 2], [2, 4], [5, 6]])
+@pytest.mark.parametrize("chunk_tokens", [5, 4096])
+def test_lost_frames_leave_the_prompt_in_step(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, lost: list[int], chunk_tokens: int
+) -> None:
+    settings = StreamSettings(group_patches=48, chunk_tokens=chunk_tokens)
+    gone = [Fraction(index, 2) for index in lost]
+    inputs = [planned("a.mp4", 7), planned("b.png", 1, kind="image")]
+    there = [time_s for time_s in inputs[0].sampling.times_s if time_s not in gone]
+    image_is_lost = Fraction(0) in gone
+    if image_is_lost:
+        inputs = inputs[:1]
+
+    monkeypatch.setattr(stream, "decode_frames", fake_decoder(gone))
+    prefilled, cache = prefill(loaded, inputs, settings)
+    visuals = [Visual("video", (2, 3), tuple(map(float, there)))] + [visual_of(item) for item in inputs[1:]]
+    expected = Layouts(loaded, inputs)(visuals)
+    assert torch.equal(prefilled.prompt.input_ids, expected.input_ids)
+    assert torch.equal(prefilled.prompt.position_ids, expected.position_ids)
+    assert prefilled.times_s[0] == tuple(there)
+    assert cache.length == len(expected.input_ids)
+
+    # The very answer that a plan of only those frames gives.
+    monkeypatch.setattr(stream, "decode_frames", fake_decoder())
+    sampling = inputs[0].sampling
+    only = InputPlan(
+        inputs[0].info, type(sampling)(tuple(there), sampling.height, sampling.width, "video", sampling.fps)
+    )
+    assert answer(loaded, prefilled, cache) == answer(loaded, *prefill(loaded, [only, *inputs[1:]]))
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 4096])
+def test_a_neighbour_stands_in_with_its_own_time(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+) -> None:
+    item = planned("a.mp4", 21)
+    # The frame at 9.5 s is damaged, and the next good one has a longer time.
+    moved = {Fraction(19, 2): Fraction(3997, 400)}
+    monkeypatch.setattr(stream, "decode_frames", fake_decoder(moved=moved))
+    prefilled, cache = prefill(loaded, [item], StreamSettings(48, chunk_tokens))
+    times_s = tuple(moved.get(time_s, time_s) for time_s in item.sampling.times_s)
+    expected = Layouts(loaded, [item])([Visual("video", (2, 3), tuple(map(float, times_s)))])
+    assert prefilled.times_s == (times_s,)
+    assert torch.equal(prefilled.prompt.input_ids, expected.input_ids)
+    assert cache.length == len(expected.input_ids)
+    assert len(answer(loaded, prefilled, cache)) == ANSWER_TOKENS
+
+
+def test_an_interruption_closes_the_decoder(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def decoder(*arguments: Any, **options: Any) -> Any:
+        try:
+            yield from fake_decoder()(*arguments, **options)
+        finally:
+            closed.append(True)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "decode_frames", decoder)
+    with pytest.raises(KeyboardInterrupt):
+        prefill(loaded, INPUTS[:1], StreamSettings(group_patches=24), on_progress=interrupt)
+    assert closed == [True]
+
+
+def test_progress_and_timings(loaded: LoadedModel) -> None:
+    seen: list[tuple[str, float, float | None]] = []
+    timings = Timings()
+    prefill(
+        loaded,
+        INPUTS,
+        StreamSettings(group_patches=24),
+        timings=timings,
+        on_progress=lambda *report: seen.append(report),
+    )
+    assert [done for _, done, _ in seen] == list(range(1, 13))
+    assert {(description, total) for description, _, total in seen} == {("reading frames", 12)}
+    assert set(timings.seconds) == {"decode_s", "encode_s", "prefill_s"}
+    assert all(seconds > 0 for seconds in timings.seconds.values())
+
+
+def test_feeder_refuses_a_layout_that_rewrites_the_past(loaded: LoadedModel) -> None:
+    inputs = [planned("a.mp4", 3)]
+    layouts = Layouts(loaded, inputs)
+    prompt = layouts([Visual("video", (2, 3), (0.0, 0.5, 1.0))])
+    feeder = PromptFeeder(loaded.model, KeyeCache(loaded.config, len(prompt.input_ids)), prompt, 16)
+    with torch.inference_mode():
+        feeder.add(torch.zeros(6, loaded.config.hidden_size))
+        with pytest.raises(ValueError, match="already fed"):
+            feeder.replace_prompt(layouts([Visual("video", (2, 3), (0.2, 0.5))]))
+        with pytest.raises(ValueError, match="18 placeholders, but 6"):
+            feeder.finish()
