@@ -1,0 +1,383 @@
+"""Train keye-nano from nothing on forged clips: `python examples/nano/train.py OUT --steps 20000`.
+
+Three phases, the sizes of which the options set:
+1. dense: next-token loss with dense attention, clips growing from a few seconds to a minute;
+2. warm-up: everything frozen but the lightning indexers, which learn the attention's own distribution;
+3. sparse: attention over the selected keys only, next-token loss for the network, divergence for the indexers.
+
+The same seed, steps and options draw the same clips in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import recipe
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
+
+from keyecli.forge import (
+    Draws,
+    FrameStates,
+    SceneOptions,
+    concatenate_arrays,
+    frame_state_arrays,
+    questions,
+    render,
+    sample_scene,
+)
+from keyecli.forge.scene import SIZES
+from keyecli.model.checkpoint import save_model
+from keyecli.model.keye import IGNORED_LABEL, KeyeVL2ForConditionalGeneration
+from keyecli.model.prompt import Visual
+from keyecli.training.collate import Turn, collate, encode_clip
+from keyecli.training.losses import load_balance
+from keyecli.training.optimizer import MasterAdamW
+from keyecli.video.patches import frames_to_patches
+from keyecli.video.sampling import resize_to_budget
+
+QUESTIONS_PER_CLIP = 6
+OTHER_RATES = (
+    1.5,
+    3.0,
+)  # one batch in four is sampled at one of these instead of the usual two frames a second
+HELD_OUT_SEED = 500_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the result, besides the machine."""
+
+    seed: int = 0
+    steps: int = 14_000
+    minutes: float = 0.0  # if the plan would take longer, the schedule follows the clock instead and ends here; 0: no limit
+    tokens: int = 48_000  # in a batch, padding included
+    lr: float = 1.5e-3
+    lr_end: float = 3e-5
+    warm_up_steps: int = 300
+    dense_share: float = 0.72  # of the plan
+    indexer_share: float = 0.03
+    grow_steps: int = 3_500  # until the longest clips
+    weight_decay: float = 0.05
+    balance_weight: float = 1e-2
+    indexer_weight: float = 1.0
+    indexer_lr: float = 1e-3
+
+    def share(self, step: int, elapsed_s: float) -> float:
+        """How much of the plan is done, 0 to 1."""
+        by_clock = elapsed_s / (60 * self.minutes) if self.minutes else 0.0
+        return max(step / self.steps, by_clock)
+
+    def phase(self, share: float) -> str:
+        if share < self.dense_share:
+            return "dense"
+        return "warm-up" if share < self.dense_share + self.indexer_share else "sparse"
+
+    def learning_rate(self, step: int, share: float) -> float:
+        """Linear warm-up, constant, then a cosine over the last half down to `lr_end`."""
+        if self.phase(share) == "warm-up":
+            return self.indexer_lr
+        warm = min(1.0, (step + 1) / self.warm_up_steps)
+        late = max(0.0, (share - 0.5) / 0.5)
+        return self.lr_end + (self.lr * warm - self.lr_end) * 0.5 * (1 + math.cos(math.pi * late))
+
+    def longest_s(self, step: int) -> float:
+        """Longest clip at this step: 6 s at the start, 60 s from `grow_steps` on."""
+        return 6.0 * 10.0 ** min(1.0, step / self.grow_steps)
+
+
+def make_batch(
+    index: int, seed: int, longest_s: float, options: Options, tokenizer: Any, config: Any
+) -> dict[str, Any]:
+    """Batch `index`: clips of one picture size and about one length, laid out and ready to be drawn."""
+    draws = Draws((options.seed, index, seed % 2**31))
+    size = draws.choice(SIZES)
+    height, width = resize_to_budget(size[1], size[0], recipe.BUDGET.min_tokens, recipe.BUDGET.max_tokens)
+    top = max(2.0, round(2 * draws.log_uniform(2.0, longest_s)) / 2)
+    scene_options = SceneOptions(max(2.0, round(1.5 * top) / 2), top, size=size)
+    fps = recipe.FPS if draws.chance(0.75) else draws.choice(OTHER_RATES)
+    grid = (height // 28, width // 28)
+    per_frame = grid[0] * grid[1] + 5
+    clips = max(2, int(options.tokens // (per_frame * (1 + top * fps) + 70 * QUESTIONS_PER_CLIP)))
+    encoded, states, tasks = [], [], []
+    for place in range(clips):
+        scene = sample_scene(seed + place, scene_options)
+        times = scene.sampled_times(fps)
+        items = _choose(draws, questions(scene, draws))
+        turns = [
+            Turn(item.question, item.answer, None if draws.chance(0.2) else item.reasoning) for item in items
+        ]
+        visual = Visual("video", grid, tuple(float(value) for value in times))
+        encoded.append(encode_clip(tokenizer, config, visual, turns))
+        states.append(frame_state_arrays(scene, times))
+        tasks.append([item.task for item in items])
+    batch = collate(encoded, config.pad_token_id)
+    return {
+        "input_ids": torch.from_numpy(batch.input_ids),
+        "position_ids": torch.from_numpy(batch.position_ids),
+        "segments": torch.from_numpy(batch.segments),
+        "targets": torch.from_numpy(batch.targets),
+        "weights": torch.from_numpy(batch.weights),
+        "supervised": torch.from_numpy(np.flatnonzero(batch.targets != IGNORED_LABEL)),
+        "shared_prefix": batch.shared_prefix,
+        "states": FrameStates.from_arrays(concatenate_arrays(states)),
+        "size": (height, width),
+        "tasks": tasks,
+    }
+
+
+def _choose(draws: Draws, items: list[Any]) -> list[Any]:
+    """A few questions about a clip, of different tasks where possible; always one that asks for times."""
+    shuffled = draws.sample(items, len(items))
+    chosen = [next(item for item in shuffled if item.task in ("ground", "ground_motion"))]
+    seen = {chosen[0].task}
+    for item in shuffled:
+        if len(chosen) < QUESTIONS_PER_CLIP and item.task not in seen:
+            chosen.append(item)
+            seen.add(item.task)
+    return chosen
+
+
+class Batches(IterableDataset):
+    """Batches in the order of their index, whatever the number of workers."""
+
+    def __init__(self, options: Options, tokenizer: Tokenizer, config: Any, first: int) -> None:
+        self.options, self.config, self.first = options, config, first
+        self.serialised = tokenizer.to_str()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        torch.set_num_threads(1)
+        tokenizer = wrapped(Tokenizer.from_str(self.serialised))
+        info = get_worker_info()
+        offset, stride = (info.id, info.num_workers) if info else (0, 1)
+        for index in range(self.first + offset, self.options.steps, stride):
+            seed = recipe.FIRST_TRAINING_SEED + index * 4096
+            batch = make_batch(
+                index, seed, self.options.longest_s(index), self.options, tokenizer, self.config
+            )
+            if index % 2:  # half of the drawing is done here, half on the device: neither can keep up alone
+                batch["frames"] = render(batch.pop("states"), *batch["size"])
+            else:
+                batch["states"] = vars(batch["states"])
+            yield batch
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = recipe.CHAT_TEMPLATE
+    return fast
+
+
+class Trainer:
+    """The network, its optimisers and one step of each phase."""
+
+    def __init__(
+        self, model: KeyeVL2ForConditionalGeneration, options: Options, device: torch.device
+    ) -> None:
+        self.model, self.options, self.device = model, options, device
+        self.gates = [layer.mlp.gate for layer in model.model.layers]
+        for gate in self.gates:
+            # An attribute of the module, because a list that grows would make torch.compile start again at every call.
+            gate.register_forward_hook(lambda module, args, output: setattr(module, "last_logits", output))
+        named = list(model.named_parameters())
+        self.indexer = [parameter for name, parameter in named if "sa_indexer" in name]
+        self.network = [parameter for name, parameter in named if "sa_indexer" not in name]
+        self.network_adamw = MasterAdamW(self.network, options.lr, options.weight_decay)
+        self.indexer_adamw = MasterAdamW(self.indexer, options.indexer_lr)
+
+    def hidden(self, batch: dict[str, Any], teach_indexer: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, T, D] of a batch, and the indexers' divergence [B, T]."""
+        frames = batch["frames"] if "frames" in batch else self.draw(batch)
+        patches = frames_to_patches(frames, recipe.MEAN, recipe.STD, dtype=self.model.dtype)
+        grids = [(frames.shape[1] // 14, frames.shape[2] // 14)] * len(frames)
+        visual = self.model.encode_frames(patches, grids, limit_patches=len(patches))
+        embeds = self.model.embed(batch["input_ids"], visual)
+        return self.model.model(
+            embeds,
+            batch["position_ids"],
+            segments=batch["segments"],
+            shared_prefix=batch["shared_prefix"],
+            teach_indexer=teach_indexer,
+        )
+
+    @torch.no_grad()
+    def draw(self, batch: dict[str, Any]) -> Tensor:
+        return render(FrameStates(**batch["states"]).to(self.device), *batch["size"])
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def step(self, batch: dict[str, Any], step: int, share: float) -> dict[str, Tensor]:
+        """One update, at `share` of the plan. Returns the figures of the step, on the device."""
+        phase = self.options.phase(share)
+        batch = self.to_device(batch)
+        self.model.model.mode = "sparse" if phase == "sparse" else "dense"
+        for parameter in self.network:
+            parameter.requires_grad_(phase != "warm-up")
+        hidden, divergence = self.hidden(batch, teach_indexer=phase != "dense")
+        valid = batch["segments"] >= 0
+        losses: dict[str, Tensor] = {}
+        rows = batch["supervised"]
+        logits = self.model.logits(hidden.flatten(0, 1)[rows])
+        targets, weights = batch["targets"].flatten()[rows], batch["weights"].flatten()[rows]
+        entropies = F.cross_entropy(logits, targets, reduction="none")
+        losses["answer"] = (entropies * weights).sum() / weights.sum()
+        total = torch.zeros((), device=self.device)
+        if phase != "warm-up":
+            chosen = self.model.config.num_experts_per_tok
+            balance = [load_balance(gate.last_logits, valid.flatten(), chosen) for gate in self.gates]
+            losses["balance"] = torch.stack(balance).mean()
+            total = losses["answer"] + self.options.balance_weight * losses["balance"]
+        if divergence is not None:
+            losses["divergence"] = (divergence * valid).sum() / valid.sum()
+            total = total + self.options.indexer_weight * losses["divergence"]
+        total.backward()
+        lr = self.options.learning_rate(step, share)
+        if phase != "warm-up":
+            losses["norm"] = self.network_adamw.step(lr)
+        if phase != "dense":
+            self.indexer_adamw.step(lr if phase == "warm-up" else min(lr, self.options.indexer_lr))
+        return {key: value.detach() for key, value in losses.items()}
+
+    @torch.no_grad()
+    def exact(self, batches: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+        """Answers that teacher-forced decoding would write exactly, (right, all) by task: a quick look, not the card's table."""
+        right: Counter[str] = Counter()
+        every: Counter[str] = Counter()
+        for raw in batches:
+            batch = self.to_device(raw)
+            hidden, _ = self.hidden(batch, teach_indexer=False)
+            rows = batch["supervised"]
+            wrong = torch.zeros(batch["targets"].numel(), dtype=torch.bool, device=self.device)
+            wrong[rows] = (
+                self.model.logits(hidden.flatten(0, 1)[rows]).argmax(-1) != batch["targets"].flatten()[rows]
+            )
+            wrong_by_row = wrong.view_as(batch["targets"]).cpu()
+            segments = raw["segments"]
+            for row, tasks in enumerate(raw["tasks"]):
+                for segment, task in enumerate(tasks, start=1):
+                    every[task] += 1
+                    right[task] += not bool(wrong_by_row[row][segments[row] == segment].any())
+        return {task: (right[task], every[task]) for task in sorted(every)}
+
+
+def save(model: KeyeVL2ForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder)
+    recipe.write_tokenizer_files(tokenizer, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    for field in fields(Options):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+        )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--report-every", type=int, default=250)
+    parser.add_argument("--exact-every", type=int, default=1000)
+    parser.add_argument("--save-every", type=int, default=4000)
+    parser.add_argument(
+        "--compile", default="", help="compile the parts with this torch.compile backend (inductor)"
+    )
+    parser.add_argument("--stop-after", type=int, default=0, help="stop after this many steps of the plan")
+    arguments = parser.parse_args()
+    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
+    run(options, arguments)
+
+
+def run(options: Options, arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    # cuDNN builds a plan for every new shape of attention, and here nearly every batch has its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(options.seed)
+    tokenizer = recipe.train_tokenizer(recipe.forged_text(recipe.TOKENIZER_SEEDS))
+    config = recipe.nano_config(tokenizer)
+    model = KeyeVL2ForConditionalGeneration(config).to(device, getattr(torch, arguments.dtype))
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(asdict(options))}",
+        flush=True,
+    )
+    trainer = Trainer(model, options, device)
+    if arguments.compile:
+        for vision_layer in model.visual.vision_model.encoder.layers:
+            vision_layer.compile(dynamic=True, backend=arguments.compile)
+        for layer in model.model.layers:
+            # Not the attention itself: its loop over query chunks would be compiled anew for every length.
+            layer.self_attn.project = torch.compile(
+                layer.self_attn.project, dynamic=True, backend=arguments.compile
+            )
+            layer.mlp.compile(dynamic=True, backend=arguments.compile)
+    loader = DataLoader(
+        Batches(options, tokenizer, config, first=0),
+        batch_size=None,
+        num_workers=arguments.workers,
+        prefetch_factor=3 if arguments.workers else None,
+        collate_fn=lambda batch: batch,
+        pin_memory=device.type == "cuda",
+    )
+    fast = wrapped(tokenizer)
+    held_out = [
+        make_batch(index, HELD_OUT_SEED + index * 4096, longest, options, fast, config)
+        for index, longest in enumerate((8.0, 15.0, 30.0, 60.0, 60.0, 60.0))
+    ]
+    for batch in held_out:
+        batch["states"] = vars(batch["states"])
+
+    def report_exact() -> None:
+        table = trainer.exact(held_out)
+        print("  exact " + " ".join(f"{task} {a / b:.2f}" for task, (a, b) in table.items()), flush=True)
+
+    started = last = time.monotonic()
+    clips = 0
+    for step, batch in enumerate(loader):
+        share = options.share(step, time.monotonic() - started)
+        if share >= 1.0:
+            break
+        figures = trainer.step(batch, step, share)
+        clips += len(batch["tasks"])
+        done = step + 1
+        if done % arguments.report_every == 0 or done in (1, 10):
+            now = time.monotonic()
+            rate = arguments.report_every / (now - last)
+            values = " ".join(f"{key} {float(value):.4f}" for key, value in figures.items())
+            print(
+                f"{done} {options.phase(share)} {values} lr {options.learning_rate(step, share):.2e} "
+                f"{rate:.1f} steps/s {clips} clips {now - started:.0f} s",
+                flush=True,
+            )
+            last = now
+        if done % arguments.exact_every == 0:
+            report_exact()
+        if done % arguments.save_every == 0:
+            save(model, tokenizer, arguments.out)
+        if done == arguments.stop_after:
+            break
+    save(model, tokenizer, arguments.out)
+    report_exact()
+    print(f"done after {time.monotonic() - started:.0f} s, {done} steps and {clips} clips", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Learning: laying out supervised batches and optimising in mixed precision."""
