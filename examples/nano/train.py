@@ -1,9 +1,10 @@
 """Train keye-nano from nothing on forged clips: `python examples/nano/train.py OUT --steps 20000`.
 
-Three phases, the sizes of which the options set:
-1. dense: next-token loss with dense attention, clips growing from a few seconds to a minute;
-2. warm-up: everything frozen but the lightning indexers, which learn the attention's own distribution;
-3. sparse: attention over the selected keys only, next-token loss for the network, divergence for the indexers.
+Four phases, the sizes of which the options set:
+1. sight: only the tower and the projector, which learn to name what stands where (sight.py);
+2. dense: next-token loss with dense attention, clips growing from a few seconds to a minute, sight beside it;
+3. warm-up: everything frozen but the lightning indexers, which learn the attention's own distribution;
+4. sparse: attention over the selected keys only, next-token loss for the network, divergence for the indexers.
 
 The same seed, steps and options draw the same clips in the same order.
 """
@@ -11,17 +12,19 @@ The same seed, steps and options draw the same clips in the same order.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import recipe
+import sight
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -34,13 +37,15 @@ from keyecli.forge import (
     FrameStates,
     SceneOptions,
     concatenate_arrays,
+    draw_frames,
     frame_state_arrays,
+    noise_bank,
     questions,
     render,
     sample_scene,
 )
 from keyecli.forge.scene import SIZES
-from keyecli.model.checkpoint import save_model
+from keyecli.model.checkpoint import load_model, save_model
 from keyecli.model.keye import IGNORED_LABEL, KeyeVL2ForConditionalGeneration
 from keyecli.model.prompt import Visual
 from keyecli.training.collate import Turn, collate, encode_clip
@@ -68,11 +73,13 @@ class Options:
     lr: float = 1.5e-3
     lr_end: float = 3e-5
     warm_up_steps: int = 300
-    dense_share: float = 0.72  # of the plan
+    sight_share: float = 0.08  # of the plan
+    dense_share: float = 0.66
     indexer_share: float = 0.03
     grow_steps: int = 3_500  # until the longest clips
     weight_decay: float = 0.05
     balance_weight: float = 1e-2
+    sight_weight: float = 0.5
     indexer_weight: float = 1.0
     indexer_lr: float = 1e-3
 
@@ -82,9 +89,11 @@ class Options:
         return max(step / self.steps, by_clock)
 
     def phase(self, share: float) -> str:
-        if share < self.dense_share:
-            return "dense"
-        return "warm-up" if share < self.dense_share + self.indexer_share else "sparse"
+        ends = (self.sight_share, self.dense_share, self.indexer_share)
+        for phase, end in zip(("sight", "dense", "warm-up"), itertools.accumulate(ends), strict=True):
+            if share < end:
+                return phase
+        return "sparse"
 
     def learning_rate(self, step: int, share: float) -> float:
         """Linear warm-up, constant, then a cosine over the last half down to `lr_end`."""
@@ -154,8 +163,8 @@ def _choose(draws: Draws, items: list[Any]) -> list[Any]:
 class Batches(IterableDataset):
     """Batches in the order of their index, whatever the number of workers."""
 
-    def __init__(self, options: Options, tokenizer: Tokenizer, config: Any, first: int) -> None:
-        self.options, self.config, self.first = options, config, first
+    def __init__(self, options: Options, tokenizer: Tokenizer, config: Any, draw_every: int = 0) -> None:
+        self.options, self.config, self.draw_every = options, config, draw_every
         self.serialised = tokenizer.to_str()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -163,15 +172,14 @@ class Batches(IterableDataset):
         tokenizer = wrapped(Tokenizer.from_str(self.serialised))
         info = get_worker_info()
         offset, stride = (info.id, info.num_workers) if info else (0, 1)
-        for index in range(self.first + offset, self.options.steps, stride):
+        for index in range(offset, self.options.steps, stride):
             seed = recipe.FIRST_TRAINING_SEED + index * 4096
             batch = make_batch(
                 index, seed, self.options.longest_s(index), self.options, tokenizer, self.config
             )
-            if index % 2:  # half of the drawing is done here, half on the device: neither can keep up alone
-                batch["frames"] = render(batch.pop("states"), *batch["size"])
-            else:
-                batch["states"] = vars(batch["states"])
+            if self.draw_every and index % self.draw_every == 0:
+                batch["frames"] = render(batch["states"], *batch["size"])
+            batch["states"] = vars(batch["states"])
             yield batch
 
 
@@ -194,66 +202,94 @@ class Trainer:
             gate.register_forward_hook(lambda module, args, output: setattr(module, "last_logits", output))
         named = list(model.named_parameters())
         self.indexer = [parameter for name, parameter in named if "sa_indexer" in name]
+        self.draw: Callable[[FrameStates, int, int], Tensor] = render
+        self.head = sight.SightHead(model.config.hidden_size).to(device, model.dtype)
         self.network = [parameter for name, parameter in named if "sa_indexer" not in name]
+        self.network += self.head.parameters()
         self.network_adamw = MasterAdamW(self.network, options.lr, options.weight_decay)
         self.indexer_adamw = MasterAdamW(self.indexer, options.indexer_lr)
 
-    def hidden(self, batch: dict[str, Any], teach_indexer: bool) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [B, T, D] of a batch, and the indexers' divergence [B, T]."""
-        frames = batch["frames"] if "frames" in batch else self.draw(batch)
+    def see(self, batch: dict[str, Any]) -> Tensor:
+        """Visual tokens [V, D] of a batch's clips."""
+        height, width = batch["size"]
+        frames = batch["frames"] if "frames" in batch else self.draw(batch["states"], height, width)
         patches = frames_to_patches(frames, recipe.MEAN, recipe.STD, dtype=self.model.dtype)
-        grids = [(frames.shape[1] // 14, frames.shape[2] // 14)] * len(frames)
-        visual = self.model.encode_frames(patches, grids, limit_patches=len(patches))
-        embeds = self.model.embed(batch["input_ids"], visual)
-        return self.model.model(
-            embeds,
+        grids = [(height // 14, width // 14)] * len(frames)
+        return self.model.encode_frames(patches, grids, limit_patches=len(patches))
+
+    def read(
+        self, batch: dict[str, Any], visual: Tensor, teach_indexer: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the supervised tokens [rows, vocabulary], and the indexers' mean divergence over all tokens."""
+        hidden, divergence = self.model.model(
+            self.model.embed(batch["input_ids"], visual),
             batch["position_ids"],
             segments=batch["segments"],
             shared_prefix=batch["shared_prefix"],
             teach_indexer=teach_indexer,
         )
-
-    @torch.no_grad()
-    def draw(self, batch: dict[str, Any]) -> Tensor:
-        return render(FrameStates(**batch["states"]).to(self.device), *batch["size"])
+        logits = self.model.logits(hidden.flatten(0, 1)[batch["supervised"]])
+        if divergence is None:
+            return logits, None
+        valid = batch["segments"] >= 0
+        return logits, (divergence * valid).sum() / valid.sum()
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {
+        moved = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+        moved["states"] = FrameStates(**batch["states"]).to(self.device)
+        return moved
 
     def step(self, batch: dict[str, Any], step: int, share: float) -> dict[str, Tensor]:
         """One update, at `share` of the plan. Returns the figures of the step, on the device."""
-        phase = self.options.phase(share)
+        phase, options = self.options.phase(share), self.options
         batch = self.to_device(batch)
         self.model.model.mode = "sparse" if phase == "sparse" else "dense"
         for parameter in self.network:
             parameter.requires_grad_(phase != "warm-up")
-        hidden, divergence = self.hidden(batch, teach_indexer=phase != "dense")
-        valid = batch["segments"] >= 0
-        losses: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        visual = self.see(batch)
+        if phase in ("sight", "dense"):
+            loss, figures["named"] = sight.sight_loss(self.head, visual, batch["states"], *batch["size"])
+            total = total + (1.0 if phase == "sight" else options.sight_weight) * loss
+        if phase != "sight":
+            logits, divergence = self.read(batch, visual, teach_indexer=phase != "dense")
+            total = total + self._text_loss(batch, phase, logits, divergence, figures)
+        total.backward()
+        lr = options.learning_rate(step, share)
+        if phase != "warm-up":
+            figures["norm"] = self.network_adamw.step(lr)
+        if phase in ("warm-up", "sparse"):
+            self.indexer_adamw.step(lr if phase == "warm-up" else min(lr, options.indexer_lr))
+        return {key: value.detach() for key, value in figures.items()}
+
+    def _text_loss(
+        self,
+        batch: dict[str, Any],
+        phase: str,
+        logits: Tensor,
+        divergence: Tensor | None,
+        figures: dict[str, Tensor],
+    ) -> Tensor:
         rows = batch["supervised"]
-        logits = self.model.logits(hidden.flatten(0, 1)[rows])
         targets, weights = batch["targets"].flatten()[rows], batch["weights"].flatten()[rows]
         entropies = F.cross_entropy(logits, targets, reduction="none")
-        losses["answer"] = (entropies * weights).sum() / weights.sum()
+        figures["answer"] = (entropies * weights).sum() / weights.sum()
         total = torch.zeros((), device=self.device)
         if phase != "warm-up":
             chosen = self.model.config.num_experts_per_tok
-            balance = [load_balance(gate.last_logits, valid.flatten(), chosen) for gate in self.gates]
-            losses["balance"] = torch.stack(balance).mean()
-            total = losses["answer"] + self.options.balance_weight * losses["balance"]
+            valid = (batch["segments"] >= 0).flatten()
+            balance = torch.stack(
+                [load_balance(gate.last_logits, valid, chosen) for gate in self.gates]
+            ).mean()
+            total = figures["answer"] + self.options.balance_weight * balance
         if divergence is not None:
-            losses["divergence"] = (divergence * valid).sum() / valid.sum()
-            total = total + self.options.indexer_weight * losses["divergence"]
-        total.backward()
-        lr = self.options.learning_rate(step, share)
-        if phase != "warm-up":
-            losses["norm"] = self.network_adamw.step(lr)
-        if phase != "dense":
-            self.indexer_adamw.step(lr if phase == "warm-up" else min(lr, self.options.indexer_lr))
-        return {key: value.detach() for key, value in losses.items()}
+            figures["divergence"] = divergence
+            total = total + self.options.indexer_weight * divergence
+        return total
 
     @torch.no_grad()
     def exact(self, batches: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -262,12 +298,10 @@ class Trainer:
         every: Counter[str] = Counter()
         for raw in batches:
             batch = self.to_device(raw)
-            hidden, _ = self.hidden(batch, teach_indexer=False)
+            logits, _ = self.read(batch, self.see(batch))
             rows = batch["supervised"]
             wrong = torch.zeros(batch["targets"].numel(), dtype=torch.bool, device=self.device)
-            wrong[rows] = (
-                self.model.logits(hidden.flatten(0, 1)[rows]).argmax(-1) != batch["targets"].flatten()[rows]
-            )
+            wrong[rows] = logits.argmax(-1) != batch["targets"].flatten()[rows]
             wrong_by_row = wrong.view_as(batch["targets"]).cpu()
             segments = raw["segments"]
             for row, tasks in enumerate(raw["tasks"]):
@@ -292,6 +326,9 @@ def main() -> None:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
         )
+    parser.add_argument(
+        "--init", type=Path, default=None, help="start from this folder instead of random weights"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--workers", type=int, default=14)
@@ -300,6 +337,12 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=4000)
     parser.add_argument(
         "--compile", default="", help="compile the parts with this torch.compile backend (inductor)"
+    )
+    parser.add_argument(
+        "--draw",
+        choices=("both", "compiled"),
+        default="both",
+        help="who draws the clips: workers and device by turns, or the device alone with a compiled renderer",
     )
     parser.add_argument("--stop-after", type=int, default=0, help="stop after this many steps of the plan")
     arguments = parser.parse_args()
@@ -314,12 +357,20 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     tokenizer = recipe.train_tokenizer(recipe.forged_text(recipe.TOKENIZER_SEEDS))
     config = recipe.nano_config(tokenizer)
-    model = KeyeVL2ForConditionalGeneration(config).to(device, getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.init:
+        model = load_model(arguments.init, device=device, dtype=dtype)
+    else:
+        model = KeyeVL2ForConditionalGeneration(config).to(device, dtype)
+    model.train()
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(asdict(options))}",
         flush=True,
     )
     trainer = Trainer(model, options, device)
+    if arguments.draw == "compiled":
+        drawn = torch.compile(draw_frames, dynamic=True)
+        trainer.draw = lambda states, height, width: drawn(states, noise_bank(device), height, width)
     if arguments.compile:
         for vision_layer in model.visual.vision_model.encoder.layers:
             vision_layer.compile(dynamic=True, backend=arguments.compile)
@@ -330,7 +381,8 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
             )
             layer.mlp.compile(dynamic=True, backend=arguments.compile)
     loader = DataLoader(
-        Batches(options, tokenizer, config, first=0),
+        # Half of the drawing is done by the workers: neither they nor the device can keep up alone.
+        Batches(options, tokenizer, config, draw_every=2 if arguments.draw == "both" else 0),
         batch_size=None,
         num_workers=arguments.workers,
         prefetch_factor=3 if arguments.workers else None,
@@ -349,9 +401,10 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
         table = trainer.exact(held_out)
         print("  exact " + " ".join(f"{task} {a / b:.2f}" for task, (a, b) in table.items()), flush=True)
 
-    started = last = time.monotonic()
-    clips = 0
+    started = last = asked = time.monotonic()
+    clips, waited_s = 0, 0.0
     for step, batch in enumerate(loader):
+        waited_s += time.monotonic() - asked
         share = options.share(step, time.monotonic() - started)
         if share >= 1.0:
             break
@@ -364,16 +417,17 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
             values = " ".join(f"{key} {float(value):.4f}" for key, value in figures.items())
             print(
                 f"{done} {options.phase(share)} {values} lr {options.learning_rate(step, share):.2e} "
-                f"{rate:.1f} steps/s {clips} clips {now - started:.0f} s",
+                f"{rate:.1f} steps/s waited {waited_s / (now - last):.0%} {clips} clips {now - started:.0f} s",
                 flush=True,
             )
-            last = now
+            last, waited_s = now, 0.0
         if done % arguments.exact_every == 0:
             report_exact()
         if done % arguments.save_every == 0:
             save(model, tokenizer, arguments.out)
         if done == arguments.stop_after:
             break
+        asked = time.monotonic()
     save(model, tokenizer, arguments.out)
     report_exact()
     print(f"done after {time.monotonic() - started:.0f} s, {done} steps and {clips} clips", flush=True)

@@ -1,0 +1,255 @@
+"""Measure keye-nano on held-out forged clips: `python examples/nano/evaluate.py --clips 100`.
+
+Forges clips from seeds that training never drew, as H.264 files, and asks every question through the same decoding,
+layout and generation as `keye ask`; all questions about a clip share one prefill. Prints the tables of the model's card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import keyecli
+from keyecli.engine.generate import GenerationSettings, generate, stop_token_ids
+from keyecli.engine.plan import plan_inputs
+from keyecli.engine.stream import cache_tokens, prefill_stream, visual_of
+from keyecli.forge import SceneOptions
+from keyecli.forge.write import write_dataset
+from keyecli.model.cache import KeyeCache
+from keyecli.model.prompt import Prompt, Visual, build_prompt
+from keyecli.tasks.options import ask_settings
+from keyecli.tasks.parse import split_answer
+from keyecli.tasks.spans import parse_spans, temporal_iou
+from keyecli.video.source import probe
+
+GROUNDING = ("ground", "ground_motion")
+ANSWER_TOKENS = 320
+MATCHED_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of asking: what differs from how nano was trained."""
+
+    name: str
+    fps: float = 2.0
+    size: tuple[int, int] | None = None
+    max_tokens: int | None = None  # merged tokens a frame
+    think: bool = True
+    mode: str = "sparse"
+
+
+CONDITIONS = (
+    Condition("as trained"),
+    Condition("selection switched to dense", mode="dense"),
+    Condition("without thinking", think=False),
+    Condition("1 frame a second", fps=1.0),
+    Condition("2.5 frames a second", fps=2.5),
+    Condition("4 frames a second", fps=4.0),
+    Condition("clips of 800x600", size=(800, 600)),
+    Condition("frames of up to 36 tokens", max_tokens=36),
+)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One answer beside the truth. `score` is 1 or 0 for exact answers, the temporal IoU for spans, recall for summaries."""
+
+    task: str
+    truth: str
+    given: str
+    score: float
+    spans: int | None = None  # how many the truth has, for grounding
+
+
+def grade(row: dict[str, Any], given: str) -> Graded:
+    task, truth = row["task"], row["answer"]
+    if task in GROUNDING:
+        predicted = parse_spans(given)
+        spans = [(float(start), float(end)) for start, end in row["solution"]]
+        score = 0.0 if predicted is None else temporal_iou(predicted, spans)
+        return Graded(task, truth, given, score, len(spans))
+    if task == "summary":
+        return Graded(task, truth, given, summary_recall(truth, given))
+    return Graded(task, truth, given, float(given == truth))
+
+
+def summary_recall(truth: str, given: str) -> float:
+    """Share of the true lines that an answer has: the same words, spans that overlap by at least half, each line once."""
+    left = summary_lines(given)
+    expected = summary_lines(truth)
+    found = 0
+    for span, words in expected:
+        for candidate in left:
+            if candidate[1] == words and temporal_iou([candidate[0]], [span]) >= MATCHED_IOU:
+                left.remove(candidate)
+                found += 1
+                break
+    return found / len(expected)
+
+
+def summary_lines(text: str) -> list[tuple[tuple[float, float], str]]:
+    """Lines `3.0 - 7.5: red circle`; others are left out."""
+    lines = []
+    for line in text.splitlines():
+        times, _, words = line.partition(": ")
+        try:
+            start, end = (float(part) for part in times.split(" - "))
+        except ValueError:
+            continue
+        lines.append(((start, end), words))
+    return lines
+
+
+@torch.inference_mode()
+def answers(keye: keyecli.Keye, clip: Path, questions: list[str], condition: Condition) -> Iterator[str]:
+    """Answers to questions about one clip, which is decoded and prefilled once."""
+    loaded = keye.loaded
+    settings = ask_settings(loaded.preprocessor, fps=condition.fps)
+    sampling = settings.sampling
+    if condition.max_tokens:
+        sampling = replace(sampling, budget=replace(sampling.budget, max_tokens=condition.max_tokens))
+    inputs = plan_inputs([probe(clip)], sampling)
+
+    def lay_out(question: str, visuals: Any) -> Prompt:
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        return build_prompt(loaded.tokenizer, loaded.config, messages, visuals, think=condition.think)
+
+    first = lay_out(questions[0], [visual_of(item) for item in inputs])
+    cache = KeyeCache(
+        loaded.config, cache_tokens(inputs, len(first.input_ids)) + 64 + ANSWER_TOKENS, device=loaded.device
+    )
+    prefilled = prefill_stream(loaded, inputs, lambda visuals: lay_out(questions[0], visuals), cache)
+    came = tuple(float(value) for value in prefilled.times_s[0])
+    visual = Visual("video", visual_of(inputs[0]).grid, came)
+    shared = int((prefilled.prompt.input_ids == loaded.config.vision_end_token_id).nonzero()[-1]) + 1
+    for question in questions:
+        prompt = lay_out(question, [visual])
+        cache.truncate(shared)
+        ids = prompt.input_ids[shared:].to(loaded.device)[None]
+        positions = prompt.position_ids[:, shared:].to(loaded.device)[:, None]
+        hidden = loaded.model.decode(loaded.model.embed(ids), positions, cache)[:, -1:]
+        generation = generate(
+            loaded.model,
+            loaded.tokenizer,
+            cache,
+            hidden,
+            prompt.next_position,
+            GenerationSettings(max_tokens=ANSWER_TOKENS),
+            stop_ids=stop_token_ids(loaded.config, loaded.tokenizer, loaded.generation_config),
+        )
+        yield split_answer(generation.text, prompt.thinking_open)[1]
+
+
+@contextmanager
+def attention_mode(keye: keyecli.Keye, mode: Any) -> Iterator[None]:
+    keye.model.model.mode = mode
+    try:
+        yield
+    finally:
+        keye.model.model.mode = "sparse"
+
+
+def measure(keye: keyecli.Keye, folder: Path, condition: Condition) -> list[Graded]:
+    rows_by_clip: dict[str, list[dict[str, Any]]] = {}
+    for line in (folder / "data.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows_by_clip.setdefault(row["videos"][0], []).append(row)
+    graded = []
+    with attention_mode(keye, condition.mode):
+        for video, rows in rows_by_clip.items():
+            questions = [row["question"] for row in rows]
+            for row, given in zip(rows, answers(keye, folder / video, questions, condition), strict=True):
+                graded.append(grade(row, given))
+    return graded
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def summary_figures(graded: list[Graded]) -> dict[str, tuple[float, int]]:
+    """The figures of the card with how many answers each rests on."""
+    groups = {
+        "exact match on questions": [g.score for g in graded if g.spans is None and g.task != "summary"],
+        "mean IoU, one span": [g.score for g in graded if g.spans == 1],
+        "mean IoU, several spans": [g.score for g in graded if g.spans is not None and g.spans > 1],
+        "not there, said so": [g.score for g in graded if g.spans == 0],
+        "recall of summary lines": [g.score for g in graded if g.task == "summary"],
+    }
+    return {name: (mean(scores), len(scores)) for name, scores in groups.items()}
+
+
+def print_tables(results: dict[str, list[Graded]]) -> None:
+    names = list(summary_figures(next(iter(results.values()))))
+    print("| condition | " + " | ".join(names) + " |")
+    print("| --- |" + " --- |" * len(names))
+    for condition, graded in results.items():
+        figures = summary_figures(graded)
+        print(
+            f"| {condition} | "
+            + " | ".join(f"{value:.3f} ({count})" for value, count in figures.values())
+            + " |"
+        )
+    graded = results[CONDITIONS[0].name]
+    print("\n| task | score | answers | most frequent mistakes (truth → given) |\n| --- | --- | --- | --- |")
+    for task in sorted({g.task for g in graded}):
+        of_task = [g for g in graded if g.task == task]
+        mistakes: Counter[str] = Counter()
+        if task not in (*GROUNDING, "summary", "appear"):
+            mistakes.update(f"{g.truth} → {g.given[:24]}" for g in of_task if g.score < 1)
+        shown = ", ".join(f"{pair} ×{count}" for pair, count in mistakes.most_common(4))
+        print(f"| {task} | {mean([g.score for g in of_task]):.3f} | {len(of_task)} | {shown} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=None, help="model folder; default: the embedded nano")
+    parser.add_argument(
+        "--clips", type=int, default=100, help="held-out clips for the first condition; a half for the others"
+    )
+    parser.add_argument("--questions", type=int, default=10, help="questions a clip")
+    parser.add_argument("--seed", type=int, default=7, help="below 900, the first seed that training used")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", type=Path, default=None, help="also write every graded answer here")
+    parser.add_argument(
+        "--only", type=int, default=len(CONDITIONS), help="how many of the conditions to measure"
+    )
+    arguments = parser.parse_args()
+    keye = keyecli.load(arguments.model, device=arguments.device, dtype="fp32")
+    results: dict[str, list[Graded]] = {}
+    for condition in CONDITIONS[: arguments.only]:
+        begin = time.perf_counter()
+        clips = arguments.clips if condition is CONDITIONS[0] else max(1, arguments.clips // 2)
+        with tempfile.TemporaryDirectory() as folder:
+            write_dataset(
+                Path(folder),
+                clips,
+                arguments.seed,
+                SceneOptions(size=condition.size),
+                questions_per_clip=arguments.questions,
+            )
+            results[condition.name] = measure(keye, Path(folder), condition)
+        print(f"{condition.name}: {clips} clips in {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"\nmodel {keye.name}, weights {keye.revision}, seed {arguments.seed}\n")
+    print_tables(results)
+    if arguments.json:
+        rows = {name: [vars(g) for g in graded] for name, graded in results.items()}
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
