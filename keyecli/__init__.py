@@ -14,7 +14,15 @@ __version__ = "0.1.0"
 
 _HOMES = {"load": "keyecli.session", "Keye": "keyecli.session", "Answer": "keyecli.tasks.ask"}
 
-__all__ = ["Answer", "Keye", "__version__", "load"]
+__all__ = ["Answer", "Keye", "__version__", "load", "register"]
+
+
+def register() -> None:
+    """Make the model known to transformers' Auto classes; from here on `from_pretrained(folder)` finds it.
+
+    Not done by `import keyecli` itself, which would have to import torch for it.
+    """
+    import_module("keyecli.model.keye")
 
 
 def __getattr__(name: str) -> Any:

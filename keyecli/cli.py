@@ -21,6 +21,7 @@ from keyecli.console import console, one_line
 from keyecli.errors import ExitCode, KeyeError, KeyeWarning, UsageError
 
 HELP_COLUMNS = 100
+SPIN_COUNT = "5000"  # turns of a waiting thread before it sleeps; libgomp's own default is 300,000
 # The headings of a command's options, in their order.
 PANELS = ("Options", "Model", "Frames", "Answer", "Output")
 _BUG = "this is a fault in keye: run again with --debug for the traceback"
@@ -42,6 +43,15 @@ class Command(LazyValidation, TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS]", *(_argument_name(param) for param in self.params if _is_argument(param))]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            # The parser's own errors do not say whose options they are about.
+            if getattr(error, "ctx", None) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         arguments = [param for param in self.params if _is_argument(param)]
@@ -127,6 +137,9 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> NoReturn:
     """The `keye` command."""
+    # torch's threads wait for each other by spinning. Where other work wants the same cores that made a small model up to
+    # ten times slower; spinning shorter cost nothing on idle ones. The variable is read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     sys.exit(run())
 
 
@@ -230,13 +243,18 @@ def _report(error: BaseException) -> int:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "keye"
-        console.error(f"{error.format_message().rstrip('.')}; see {path} --help")
+        said = error.format_message().rstrip(".")
+        console.error(f"{said[:1].lower()}{said[1:]}; see {path} --help")
         return error.exit_code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         console.error("interrupted")
         return ExitCode.INTERRUPTED
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         _discard_output()
+        return ExitCode.FAILURE
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _discard_output()
+        console.error("the output cannot be written: no space is left where it goes")
         return ExitCode.FAILURE
     # torch has its own out-of-memory error, which is told by its name: this module does not import torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -248,5 +266,5 @@ def _report(error: BaseException) -> int:
 
 
 def _discard_output() -> None:
-    """The reader of stdout is gone: let the interpreter's last flush go nowhere instead of complaining."""
+    """Nothing more can be written to stdout: let the interpreter's last flush go nowhere instead of complaining."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

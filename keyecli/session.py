@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,10 +18,9 @@ from keyecli.errors import UsageError
 from keyecli.model.checkpoint import Preprocessor
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
-from keyecli.tasks.ask import Answer, AskSettings, OnText, ask, open_inputs, prompt_text
+from keyecli.tasks.ask import Answer, AskSettings, Inputs, OnText, ask, open_inputs, prompt_text
 from keyecli.tasks.options import AskOptions, ask_settings
-
-Inputs = str | Path | Sequence[str | Path]
+from keyecli.video.decode import report_cut_off
 
 
 class Keye:
@@ -146,7 +144,8 @@ def plan(
 ) -> RunPlan:
     """What a run will take, worked out from the model's configuration without loading its weights.
 
-    `RunPlan.check()` refuses a run that does not fit the context or the device.
+    `RunPlan.check()` refuses a run that does not fit the context or the device. A KeyeWarning says where a cut-off
+    file ends.
     """
     _require_offline(offline)
     files = open_model(model, device=device, dtype=dtype, revision=revision)
@@ -158,6 +157,8 @@ def _plan(
     files: ModelFiles, inputs: Inputs, question: str, settings: AskSettings, *, weights_loaded: bool
 ) -> RunPlan:
     inputs_planned = plan_inputs(open_inputs(inputs, settings), settings.sampling)
+    for item in inputs_planned:
+        report_cut_off(item.info)
     return plan_run(
         inputs_planned,
         files.config,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import keyecli
-from keyecli.errors import ModelError, UsageError
+from keyecli.errors import KeyeWarning, ModelError, UsageError
 
 
 def in_fresh_interpreter(code: str) -> str:
@@ -20,6 +21,17 @@ def in_fresh_interpreter(code: str) -> str:
 def test_import_is_light() -> None:
     heavy = "{'torch', 'transformers', 'av', 'numpy', 'rich', 'typer'}"
     assert in_fresh_interpreter(f"import sys, keyecli; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_register_makes_the_model_known_to_transformers(tiny_checkpoint: Path) -> None:
+    code = (
+        "import keyecli\n"
+        "keyecli.register()\n"
+        "from transformers import AutoConfig, AutoModelForImageTextToText\n"
+        f"config = AutoConfig.from_pretrained({str(tiny_checkpoint)!r})\n"
+        "print(AutoModelForImageTextToText._model_mapping[type(config)].__name__)"
+    )
+    assert in_fresh_interpreter(code) == "KeyeVL2ForConditionalGeneration"
 
 
 def test_public_names() -> None:
@@ -42,6 +54,13 @@ def test_load_and_describe(tiny_checkpoint: Path) -> None:
     assert keye.tokenizer.eos_token == "<|im_end|>"
     assert keye.preprocessor.fps == 2.0
     assert len(keye.revision) >= 8
+
+
+def test_load_says_when_pixels_are_normalised_by_guess(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint()
+    (folder / "preprocessor_config.json").write_text("{}")
+    with pytest.warns(KeyeWarning, match="gives no image_mean and image_std: 0.5 is used"):
+        keyecli.load(folder)
 
 
 def test_load_refuses_what_is_not_there(tiny_checkpoint: Path) -> None:

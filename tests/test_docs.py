@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from keyecli.commands import COMMANDS
-from keyecli.errors import ExitCode
+from keyecli.errors import ExitCode, KeyeWarning
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,19 +42,20 @@ def test_cli_page_is_current() -> None:
 
 def test_the_tree_is_the_tree() -> None:
     tree = README.split("## The tree")[1].split("```")[1]
-    top, _, rest = tree.partition("keyecli/\n")
-    inside = [line.split()[0] for line in rest.splitlines() if line.startswith("  ")]
-    outside = top.split() + [
-        line.split()[0] for line in rest.splitlines() if line and not line.startswith(" ")
-    ]
+    # A line that begins deeper goes on with the one before.
+    top, _, rest = re.sub(r"\n {4,}", " ", tree).partition("keyecli/\n")
+    lines = [line for line in rest.splitlines() if line]
+    inside = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    outside = top.split() + [line.split()[0] for line in lines if not line.startswith(" ")]
     for name in outside:
         assert (ROOT / name).exists(), f"README's tree names {name}"
-    for name in inside:
-        assert (ROOT / "keyecli" / name).exists(), f"README's tree names keyecli/{name}"
     real = {
         path.name + "/" * path.is_dir() for path in (ROOT / "keyecli").iterdir() if path.name != "__pycache__"
     }
     assert real == set(inside)
+    for room, line in inside.items():
+        for module in sorted((ROOT / "keyecli" / room).glob("[a-z]*.py")):
+            assert re.search(rf"\b{module.stem}\b", line), f"README's tree does not name {room}{module.name}"
 
 
 def test_the_readme_uses_flags_and_commands_that_exist() -> None:
@@ -87,12 +90,22 @@ def test_every_dependency_is_in_the_tested_set() -> None:
     assert {re.split(r"[<>=]", line)[0] for line in lines if line and not line.startswith("#")} == names
 
 
+def test_every_dependency_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[<>=]", item)[0] for item in project["dependencies"]}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "keyecli").rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", code, flags=re.MULTILINE))
+    unused = {name for name in names if {"pillow": "PIL"}.get(name, name) not in imported}
+    assert unused == {"jinja2"}, "jinja2 is imported by transformers, for chat templates"
+
+
 def test_every_field_of_an_answer_is_described(tiny_checkpoint: Path, tmp_path: Path) -> None:
     import keyecli
     from tests.video.conftest import write_clip
 
     clip = write_clip(tmp_path / "clip.mp4", 26)
-    answer = keyecli.load(tiny_checkpoint).ask(clip, "What?", max_tokens=2, think=False).to_dict()
+    with pytest.warns(KeyeWarning, match="cut off after 2 tokens"):
+        answer = keyecli.load(tiny_checkpoint).ask(clip, "What?", max_tokens=2, think=False).to_dict()
     top, one_input = documented("keye.ask/1")
     assert set(answer) == top
     assert set(answer["inputs"][0]) == one_input

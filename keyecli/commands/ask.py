@@ -23,6 +23,7 @@ from keyecli.commands.options import (
     Videos,
     ask_options,
     load_arguments,
+    refuse_stdin,
     with_settings,
 )
 from keyecli.console import console
@@ -81,7 +82,7 @@ def ask(
         if keye.is_nano:
             console.notice(NANO_NOTICE)
         answer = keye.ask(
-            inputs,
+            [item.info for item in planned.inputs],
             question,
             on_text=None if settings.json else printer.text,
             on_reasoning=None if settings.json else printer.reasoning,
@@ -127,9 +128,10 @@ class AnswerPrinter:
 def split_arguments(videos: list[str] | None, question: str | None) -> tuple[list[str], str]:
     """The inputs and the question; UsageError when one of them is missing."""
     if question is not None and _is_media(question):
-        raise UsageError(f"no question behind {question}: give one, as in `{EXAMPLE}`")
+        raise UsageError(f"no question after {question}: give one, as in `{EXAMPLE}`")
     if question is None or not videos:
         raise UsageError(f"nothing to look at: give a video and a question, as in `{EXAMPLE}`")
+    refuse_stdin(videos)
     return videos, question
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from keyecli.commands.interrupt import leaving_at_once
 from keyecli.commands.options import OUTPUT, with_settings
 from keyecli.console import console
 from keyecli.errors import UsageError
@@ -54,11 +55,12 @@ def forge(
     frame_size = None if size is None else _parse_size(size)
     asked = () if tasks is None else tuple(name.strip().replace("-", "_") for name in tasks.split(","))
 
-    from keyecli.forge.scene import SceneOptions
-
+    with leaving_at_once():
+        from keyecli.forge.scene import SceneOptions
+    # Checked before torch is imported, which takes seconds.
     options = SceneOptions(min_duration, max_duration, frame_size, rate)
-
-    from keyecli.forge.write import write_dataset
+    with leaving_at_once():
+        from keyecli.forge.write import write_dataset
 
     chosen_seed = (settings.seed or 0) if seed is None else seed
     with console.progress() as report:

@@ -130,19 +130,17 @@ def ask_options(
 
     The times are checked here too, since a wrong flag should be told before anything heavy is imported.
     """
-    from keyecli.video.timecode import parse_time
+    from keyecli.video.timecode import parse_span
 
-    begin, until, length = (None if text is None else parse_time(text) for text in (start, end, duration))
-    if until is not None and length is not None:
-        raise UsageError("--end and --duration say the same thing: give one of them")
-    if length is not None:
-        until = (begin or 0) + length
-    if until is not None and until <= (begin or 0):
-        raise UsageError(
-            f"nothing lies between {float(begin or 0):g} s and {float(until):g} s: the end must be behind the start"
-        )
+    start_s, end_s = parse_span(start, end, duration)
     options = {name: getattr(settings, name) for name in _ASK_NAMES}
-    return {**options, "start": begin, "end": until, "subtitles": subtitles}
+    return {**options, "start": start_s, "end": end_s, "subtitles": subtitles}
+
+
+def refuse_stdin(videos: list[str]) -> None:
+    """UsageError for "-": a video is read at many places, which a pipe does not allow."""
+    if "-" in videos:
+        raise UsageError("videos are not read from stdin: save it to a file and name that")
 
 
 def with_settings(*groups: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -18,6 +18,7 @@ from keyecli.commands.options import (
     Videos,
     ask_options,
     load_arguments,
+    refuse_stdin,
     with_settings,
 )
 from keyecli.console import console
@@ -47,6 +48,7 @@ def plan(
     """
     if not videos:
         raise UsageError("nothing to look at: give at least one video, as in `keye plan clip.mp4`")
+    refuse_stdin(videos)
     asked = ask_options(settings, start=start, end=end, duration=duration, subtitles=subtitles)
 
     with leaving_at_once():

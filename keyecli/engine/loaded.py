@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from keyecli.engine.plan import DTYPE_BYTES, gib, parameter_count
-from keyecli.errors import MemoryLimitError, UsageError
+from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
 from keyecli.model.checkpoint import (
     Preprocessor,
     load_config,
@@ -89,7 +90,10 @@ def open_model(
 
 
 def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) -> LoadedModel:
-    """Load what `files` describes. ModelError; MemoryLimitError when there is no room for the weights."""
+    """Load what `files` describes. ModelError; MemoryLimitError when there is no room for the weights.
+
+    A KeyeWarning says when the model's files leave open how pixels are normalised.
+    """
     need = parameter_count(files.config) * DTYPE_BYTES[files.dtype]
     free = free_memory_bytes(files.device)
     if free is not None and need > free:
@@ -107,6 +111,10 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
         model = load_model(
             files.folder, device=files.device, dtype=torch_dtype(files.dtype), on_progress=report
         )
+    if files.preprocessor.assumed:
+        assumed = " and ".join(files.preprocessor.assumed)
+        message = f"the preprocessor of {files.name} gives no {assumed}: 0.5 is used for each channel"
+        warnings.warn(message, KeyeWarning, stacklevel=2)
     return LoadedModel(
         **vars(files),
         revision=weights_revision(files.folder),
@@ -128,7 +136,8 @@ def choose_device(device: str | None) -> str:
         raise UsageError(f"--device {device} is not supported; use cpu, cuda or cuda:N")
     present = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= present:
-        raise UsageError(f"--device {device} does not exist: this machine has {present} CUDA devices")
+        have = f"{present or 'no'} CUDA device{'s' if present > 1 else ''}"
+        raise UsageError(f"--device {device} does not exist: this machine has {have}; leave the option out")
     return str(wanted)
 
 

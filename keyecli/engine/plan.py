@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from keyecli.errors import MemoryLimitError, UsageError
-from keyecli.video.sampling import SamplingPlan, SamplingSettings, plan_image, plan_video
+from keyecli.video.sampling import TOKEN_SIDE_PX, SamplingPlan, SamplingSettings, plan_image, plan_video
 from keyecli.video.source import VideoInfo
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ PREFILL_CHUNK_TOKENS = 2048
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4
-MERGED_PIXELS = 28 * 28
+MERGED_PIXELS = TOKEN_SIDE_PX**2
 # The chat template's own tokens around one question, and a question's bytes a token in ordinary tokenizers.
 TEMPLATE_TOKENS = 32
 BYTES_PER_TEXT_TOKEN = 3

@@ -84,11 +84,6 @@ class PromptFeeder:
         self.hidden: Tensor | None = None
         self._set_prompt(prompt)
 
-    @property
-    def fed(self) -> int:
-        """Prompt tokens that the cache holds."""
-        return self._fed
-
     def replace_prompt(self, prompt: Prompt) -> None:
         """Go on with another layout; ValueError when it differs in what is already fixed."""
         fixed = self._ready()

@@ -70,9 +70,3 @@ def text_codes(text: str) -> list[int]:
     if len(text) > MAX_TEXT_LENGTH:
         raise ValueError(f"{text!r} is longer than {MAX_TEXT_LENGTH} characters")
     return [CHARACTERS.index(character) for character in text] + [BLANK] * (MAX_TEXT_LENGTH - len(text))
-
-
-def text_bitmap(text: str) -> np.ndarray:
-    """The bitmap of `text`, float32 [7, 6 * len(text) - 1] of 0 (empty) or 1 (ink)."""
-    cells = [CELLS[code] for code in text_codes(text)[: len(text)]]
-    return np.concatenate(cells, axis=1)[:, :-1]

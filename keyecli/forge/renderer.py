@@ -66,11 +66,6 @@ class FrameStates:
             tensors.append(tensor.to(torch.int64 if is_index else torch.float32))
         return cls(*tensors)
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[FrameStates]) -> FrameStates:
-        """The frames of several clips one after another."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
-
     def to(self, device: torch.device | str) -> FrameStates:
         """The same states on `device`."""
         return FrameStates(

@@ -143,7 +143,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise KeyeError(f"cannot write to {folder}: {reason}; free it or give another folder") from error
+        raise KeyeError(f"cannot write to {folder}: {reason}; give another folder") from error
 
 
 @contextmanager

@@ -60,11 +60,3 @@ class KeyeCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length
-
-    @staticmethod
-    def bytes_per_token(config: KeyeVL2Config, dtype: torch.dtype) -> int:
-        """Bytes one token takes over all layers: k, v and the indexer key."""
-        width = 2 * config.num_key_value_heads * config.head_dim
-        if config.sa_config is not None:
-            width += config.sa_config["indexer_head_dim"]
-        return config.num_hidden_layers * width * dtype.itemsize

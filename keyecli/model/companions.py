@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from keyecli.errors import KeyeWarning, ModelError, UsageError
+from keyecli.errors import ModelError, UsageError
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.rope import scale_sections
 from keyecli.model.shards import CONFIG_FILE, one_line, read_json_object
@@ -47,12 +46,16 @@ VISUAL_TOKENS = {
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """How pixels become patches: per-channel mean and std of 0..1 values, token budgets, frames a second."""
+    """How pixels become patches: per-channel mean and std of 0..1 values, token budgets, frames a second.
+
+    `assumed` names those of `image_mean` and `image_std` that the file did not give.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     budget: FrameBudget
     fps: float
+    assumed: tuple[str, ...] = ()
 
 
 def resolve_model(name: str | None, revision: str | None = None) -> Path:
@@ -175,7 +178,7 @@ def load_tokenizer(folder: Path | str) -> Any:
 def load_preprocessor(folder: Path | str) -> Preprocessor:
     """Read `preprocessor_config.json`. Keys, all optional, each with the family's default when absent:
 
-    - `image_mean`, `image_std`: three numbers each; SigLIP's 0.5 with a KeyeWarning when absent.
+    - `image_mean`, `image_std`: three numbers each; SigLIP's 0.5.
     - `min_pixels`, `max_pixels`, or `size` with `shortest_edge`, `longest_edge` (transformers' newer spelling of the
       same areas): the area of an image in pixels.
     - `fps`: frames a second; 2.
@@ -192,13 +195,6 @@ def load_preprocessor(folder: Path | str) -> Preprocessor:
             raise ModelError(
                 f"{path} asks for {key} {values[key]}, but this model family has {needed}: choose another checkpoint"
             )
-    absent = [key for key in ("image_mean", "image_std") if values.get(key) is None]
-    if absent:
-        warnings.warn(
-            f"{path} does not give {' and '.join(absent)}: 0.5 is used for each channel",
-            KeyeWarning,
-            stacklevel=2,
-        )
     fps = values.get("fps", DEFAULT_FPS)
     if not _is_positive(fps):
         raise ModelError(f"{path} gives fps {fps!r}: it must be a positive number")
@@ -207,6 +203,7 @@ def load_preprocessor(folder: Path | str) -> Preprocessor:
         _three_numbers(path, values, "image_std", SIGLIP_STD),
         _read_budget(path, values),
         float(fps),
+        assumed=tuple(key for key in ("image_mean", "image_std") if values.get(key) is None),
     )
 
 

@@ -159,10 +159,6 @@ class KeyeVL2Config(PreTrainedConfig):
         return self.rope_parameters["mrope_section"]
 
     @property
-    def is_sparse(self) -> bool:
-        return self.sa_config is not None
-
-    @property
     def is_moe(self) -> bool:
         return bool(self.num_experts)
 

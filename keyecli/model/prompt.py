@@ -57,11 +57,6 @@ class Prompt:
     visual_tokens: int
     thinking_open: bool
 
-    @property
-    def rope_delta(self) -> int:
-        """Next position minus next token index."""
-        return self.next_position - len(self.input_ids)
-
 
 def frame_prefix(time_s: float) -> str:
     """What stands before a frame's placeholders: the frame mark and its time in seconds with one decimal."""

@@ -16,16 +16,20 @@ from keyecli.engine.generate import GenerationSettings, StopReason, generate, st
 from keyecli.engine.loaded import LoadedModel, OnProgress, free_memory_bytes, memory_limits, torch_dtype
 from keyecli.engine.plan import InputPlan, plan_inputs, plan_run
 from keyecli.engine.stream import Timings, cache_tokens, prefill_stream, visual_of
-from keyecli.errors import InputError, KeyeWarning, UsageError
+from keyecli.errors import KeyeWarning, UsageError
 from keyecli.model.cache import KeyeCache
 from keyecli.model.prompt import Prompt, Visual, build_prompt
 from keyecli.tasks.parse import AnswerSplitter, Pieces
+from keyecli.video.decode import report_cut_off
 from keyecli.video.sampling import SamplingSettings
 from keyecli.video.source import VideoInfo, probe
 from keyecli.video.subtitles import read_subtitles
-from keyecli.video.timecode import format_time
 
 OnText = Callable[[str], None]
+
+Input = str | Path | VideoInfo
+Inputs = Input | Sequence[Input]
+"""One or several files; one that was already looked into, by `probe` or for a plan, may be given as what came of it."""
 
 STAGES = ("decode_s", "encode_s", "prefill_s", "generate_s")
 
@@ -117,7 +121,7 @@ class Answer:
 
 def ask(
     loaded: LoadedModel,
-    inputs: str | Path | Sequence[str | Path],
+    inputs: Inputs,
     question: str,
     settings: AskSettings,
     *,
@@ -225,16 +229,15 @@ def checked_question(question: str) -> str:
     return question
 
 
-def open_inputs(inputs: str | Path | Sequence[str | Path], settings: AskSettings) -> list[VideoInfo]:
+def open_inputs(inputs: Inputs, settings: AskSettings) -> list[VideoInfo]:
     """Look into every input. InputError: one that cannot be read, or with `strict` one that is cut off."""
-    paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    if not paths:
+    given = [inputs] if isinstance(inputs, (str, Path, VideoInfo)) else list(inputs)
+    if not given:
         raise UsageError("no input: give at least one video or image")
-    infos = [probe(Path(path)) for path in paths]
-    for info in infos:
-        if settings.strict and info.truncated_at_s is not None:
-            readable = format_time(info.truncated_at_s)
-            raise InputError(f"{info.path} is cut off after {readable}: leave out --strict to use that part")
+    infos = [item if isinstance(item, VideoInfo) else probe(item) for item in given]
+    if settings.strict:
+        for info in infos:
+            report_cut_off(info, strict=True)
     return infos
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -14,10 +12,7 @@ from keyecli.errors import UsageError
 from keyecli.model.checkpoint import Preprocessor
 from keyecli.tasks.ask import AskSettings
 from keyecli.video.sampling import FrameBudget, SamplingSettings
-from keyecli.video.timecode import format_time, parse_time
-
-Time = str | float | Fraction
-"""Seconds as a number, or text such as "75", "1:15" or "1:02:03.250"."""
+from keyecli.video.timecode import Time, parse_span
 
 
 class AskOptions(TypedDict, total=False):
@@ -57,7 +52,7 @@ def ask_settings(preprocessor: Preprocessor, **options: Unpack[AskOptions]) -> A
         known = ", ".join(AskOptions.__annotations__)
         raise UsageError(f"there is no option {unknown[0]}; known are {known}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    start_s, end_s = _span(given)
+    start_s, end_s = parse_span(given.get("start"), given.get("end"), given.get("duration"))
     defaults = GenerationSettings()
     subtitles = given.get("subtitles")
     return AskSettings(
@@ -79,34 +74,6 @@ def ask_settings(preprocessor: Preprocessor, **options: Unpack[AskOptions]) -> A
         strict=given.get("strict", False),
         subtitles=None if subtitles is None else Path(subtitles),
     )
-
-
-def _span(given: dict[str, Any]) -> tuple[Fraction | None, Fraction | None]:
-    """The asked part of a video, in seconds."""
-    if "end" in given and "duration" in given:
-        raise UsageError("--end and --duration say the same thing: give one of them")
-    start = _seconds("--start", given.get("start"))
-    end = _seconds("--end", given.get("end"))
-    duration = _seconds("--duration", given.get("duration"))
-    if duration is not None:
-        end = (start or Fraction(0)) + duration
-    if end is not None and end <= (start or 0):
-        begins = format_time(start or 0)
-        raise UsageError(
-            f"the part from {begins} to {format_time(end)} is empty: the end must come after the start"
-        )
-    return start, end
-
-
-def _seconds(flag: str, value: Time | None) -> Fraction | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return parse_time(value)
-    if not math.isfinite(value) or value < 0:
-        raise UsageError(f"{flag} must be a time of 0 seconds or more, not {value}")
-    # Through the shortest decimal spelling: 0.1 means one tenth, not its binary neighbour.
-    return Fraction(str(value))
 
 
 def _budget(budget: FrameBudget, given: dict[str, Any]) -> FrameBudget:

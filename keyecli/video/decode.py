@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -42,12 +42,11 @@ def decode_frames(
     exact_resize: bool = False,
     strict: bool = False,
     chunk_frames: int = 16,
-    on_frame: Callable[[int], None] | None = None,
 ) -> Iterator[FrameChunk]:
     """Yield the frames of `plan`, ascending in time, `chunk_frames` at a time, at ``plan.height x plan.width``.
 
     Memory does not grow with the clip: one chunk, the decoder's own few frames and nothing else is held. A
-    chunk is not touched again after it has been yielded. `on_frame(n)` is called after the n-th frame.
+    chunk is not touched again after it has been yielded.
 
     A frame is delivered for a planned time only if it decodes cleanly and has exactly that presentation
     time. Decoding begins at the keyframe before a wanted frame when that jumps over many frames, and starts
@@ -62,13 +61,19 @@ def decode_frames(
     """
     if chunk_frames < 1:
         raise ValueError("chunk_frames must be at least 1")
-    if info.truncated_at_s is not None:
-        readable = format_time(info.truncated_at_s)
-        _report(
-            f"{info.path.name} is cut off: it can be read only up to {readable}, and the rest is missing.",
-            strict,
-        )
-    return _chunks(info, plan, exact_resize, strict, chunk_frames, on_frame)
+    report_cut_off(info, strict)
+    return _chunks(info, plan, exact_resize, strict, chunk_frames)
+
+
+def report_cut_off(info: VideoInfo, strict: bool = False) -> None:
+    """For a file that ends early a KeyeWarning that says up to where it can be read, with `strict` an InputError."""
+    if info.truncated_at_s is None:
+        return
+    readable = format_time(info.truncated_at_s)
+    if strict:
+        raise InputError(f"{info.path} is cut off after {readable}: leave out --strict to use that part")
+    message = f"{info.path.name} is cut off: it can be read only up to {readable}, and the rest is missing"
+    warnings.warn(message, KeyeWarning, stacklevel=2)
 
 
 def _chunks(
@@ -77,7 +82,6 @@ def _chunks(
     exact_resize: bool,
     strict: bool,
     chunk_frames: int,
-    on_frame: Callable[[int], None] | None,
 ) -> Iterator[FrameChunk]:
     times: list[Fraction] = []
     frames = np.empty((0, 0, 0, 3), np.uint8)
@@ -88,15 +92,13 @@ def _chunks(
         frames[len(times)] = picture
         times.append(time_s)
         done += 1
-        if on_frame is not None:
-            on_frame(done)
         if len(times) == len(frames):
             yield FrameChunk(tuple(times), frames)
             times = []
     if times:
         yield FrameChunk(tuple(times), frames[: len(times)])
     if not done:
-        raise InputError(f"{info.path} holds no picture that can be decoded; get a complete copy of it.")
+        raise InputError(f"{info.path} holds no picture that can be decoded; get a complete copy of it")
 
 
 def _pictures(
@@ -336,7 +338,7 @@ class _SampledVideo:
         missing_s = self._times_s[self._position]
         if self._strict:
             raise InputError(
-                f"{self._info.path.name} is damaged: the frame at {format_time(missing_s)} cannot be decoded."
+                f"{self._info.path.name} is damaged: the frame at {format_time(missing_s)} cannot be decoded"
             )
         self._missing.append(missing_s)
 
@@ -345,7 +347,7 @@ class _SampledVideo:
         damage_s = max(Fraction(0), self._time_s(key))
         if self._strict:
             raise InputError(
-                f"{self._info.path.name} is damaged near {format_time(damage_s)}; get a complete copy of it."
+                f"{self._info.path.name} is damaged near {format_time(damage_s)}; get a complete copy of it"
             )
         self._damage_s = damage_s if self._damage_s is None else min(damage_s, self._damage_s)
         self._damage_key = max(key, self._damage_key)
@@ -378,7 +380,7 @@ class _SampledVideo:
             until = f"up to {format_time(self._healed_s)}" if self._healed_s is not None else "on"
             parts.append(f"the picture may be wrong from {format_time(self._damage_s)} {until}")
         if parts:
-            _report(f"{self._info.path.name} is damaged: {'; '.join(parts)}.", self._strict)
+            _report(f"{self._info.path.name} is damaged: {'; '.join(parts)}", self._strict)
 
 
 def _numbered(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:

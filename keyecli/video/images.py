@@ -143,8 +143,8 @@ def _pillow_errors(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             yield
     except PIL.Image.DecompressionBombError as error:
-        raise InputError(f"{path} is larger than any real picture ({error}); scale it down first.") from error
+        raise InputError(f"{path} is larger than any real picture ({error}); scale it down first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(
-            f"The image {path} is damaged or cut off ({error}); get a complete copy of it."
+            f"the image {path} is damaged or cut off ({error}); get a complete copy of it"
         ) from error

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from keyecli.errors import InputError, UsageError
-from keyecli.video.timecode import format_time
+from keyecli.video.timecode import check_span, format_time
 
 if TYPE_CHECKING:
     from keyecli.video.source import FrameTimes, VideoInfo
@@ -37,13 +37,16 @@ class FrameBudget:
         for low, high in ((self.min_tokens, self.max_tokens), (self.image_min_tokens, self.image_max_tokens)):
             if not 1 <= low <= high:
                 raise UsageError(
-                    f"A frame cannot take at least {low} and at most {high} tokens; use 1 <= least <= most."
+                    f"a frame cannot take at least {low} and at most {high} tokens; use 1 <= least <= most"
                 )
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What the user asked for: frames a second, limits, the part of the clip (seconds), the way of resizing."""
+    """What the user asked for: frames a second, limits, the part of the clip (seconds), the way of resizing.
+
+    UsageError for a rate or a limit that is not positive, and for an empty or backward part.
+    """
 
     fps: float = 2.0
     max_frames: int | None = None
@@ -54,9 +57,10 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.fps) and self.fps > 0):
-            raise UsageError(f"Frames a second must be a number above 0, not {self.fps}.")
+            raise UsageError(f"frames a second must be a number above 0, not {self.fps}")
         if self.max_frames is not None and self.max_frames < 1:
-            raise UsageError(f"The largest number of frames must be at least 1, not {self.max_frames}.")
+            raise UsageError(f"the largest number of frames must be at least 1, not {self.max_frames}")
+        check_span(self.start_s, self.end_s)
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,10 @@ def resize_to_budget(height: int, width: int, min_tokens: int, max_tokens: int) 
     alone would break the upper limit loses length instead. InputError above an aspect of 200:1.
     """
     if min(height, width) < 1:
-        raise InputError(f"A picture of {width}x{height} pixels has no area.")
+        raise InputError(f"a picture of {width}x{height} pixels has no area")
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(
-            f"A picture of {width}x{height} pixels is narrower than {MAX_ASPECT}:1; crop it first."
+            f"a picture of {width}x{height} pixels is narrower than {MAX_ASPECT}:1; crop it first"
         )
     side = TOKEN_SIDE_PX
     rows, columns = max(1, round(height / side)), max(1, round(width / side))
@@ -146,8 +150,7 @@ def plan_video(info: VideoInfo, settings: SamplingSettings, videos: int = 1) -> 
     frame (the later one when two are equally near), none twice. A clip of 25 frames a second whose last
     frame is at 10.0 s gives 21 frames at 0.0, 0.5 ... 10.0.
 
-    UsageError for an empty or backward range, one that begins past the clip's end, or a total too small for
-    one frame.
+    UsageError for a range that begins past the clip's end, or a total too small for one frame.
     """
     times = info.frame_times
     first, last = _frames_in_range(info, settings)
@@ -163,7 +166,7 @@ def plan_video(info: VideoInfo, settings: SamplingSettings, videos: int = 1) -> 
         limit = min(limit, settings.max_frames)
     if limit < 1:
         raise UsageError(
-            f"{total} tokens a video are too few for one frame of {budget.min_tokens}; raise the total or name fewer videos."
+            f"{total} tokens a video are too few for one frame of {budget.min_tokens}; raise the total or name fewer videos"
         )
     available = last - first + 1
     # str() keeps 0.1 a tenth; the binary fraction nearest to it would lose a frame where span x fps is whole.
@@ -197,15 +200,9 @@ def _frames_in_range(info: VideoInfo, settings: SamplingSettings) -> tuple[int, 
     """Indices of the first and the last frame inside the range the user asked for."""
     times, start_s, end_s = info.frame_times, settings.start_s, settings.end_s
     start_s = Fraction(0) if start_s is None else start_s
-    if start_s < 0 or (end_s is not None and end_s < 0):
-        raise UsageError("A range cannot begin or end before 0 s.")
-    if end_s is not None and end_s <= start_s:
-        raise UsageError(
-            f"The range from {format_time(start_s)} to {format_time(end_s)} is empty; the end must come after the start."
-        )
     if start_s > 0 and start_s >= max(info.duration_s, times[-1]):
         raise UsageError(
-            f"The range begins at {format_time(start_s)}, but {info.path.name} ends at {format_time(info.duration_s)}."
+            f"the part begins at {format_time(start_s)}, but {info.path.name} ends at {format_time(info.duration_s)}"
         )
     first = bisect_left(times, start_s)
     last = len(times) - 1 if end_s is None else bisect_right(times, end_s) - 1

@@ -111,7 +111,6 @@ class VideoInfo:
     truncated_at_s: Fraction | None = None
     mirrored: bool = False
     reader: Literal["ffmpeg", "pillow"] = "ffmpeg"
-    stream_index: int = 0
     matching: Literal["pts", "order"] = "pts"
     start_pts: int = 0
     keyframes: Keyframes = field(default_factory=Keyframes, repr=False)
@@ -142,7 +141,7 @@ def probe(path: str | Path) -> VideoInfo:
         scan.unreadable |= check_integrity(path) == "cut"
         if scan.first is None:
             raise InputError(
-                f"{path} holds no picture that can be decoded; it is damaged or cut off too early."
+                f"{path} holds no picture that can be decoded; it is damaged or cut off too early"
             )
         times = scan.frame_times(stream)
         if times is None:
@@ -180,9 +179,9 @@ def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
             raise _not_a_video(path)
         if streams:
             raise InputError(
-                f"{path} holds video of a kind that this FFmpeg cannot decode; convert it to H.264 first."
+                f"{path} holds video of a kind that this FFmpeg cannot decode; convert it to H.264 first"
             )
-        raise InputError(f"{path} has sound but no pictures; name a video file.")
+        raise InputError(f"{path} has sound but no pictures; name a video file")
     stream = max(usable, key=lambda s: s.width * s.height)
     for other in container.streams:
         if other.index != stream.index:
@@ -237,33 +236,31 @@ def _check_file(path: Path) -> None:
             with path.open("rb"):
                 pass
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path.") from None
+        raise InputError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{path} is a directory, not a video; name one file.")
+        raise InputError(f"{path} is a directory, not a video; name one file")
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is not a regular file; save the video to a file first.")
+        raise InputError(f"{path} is not a regular file; save the video to a file first")
     if status.st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); get a complete copy of it.")
+        raise InputError(f"{path} is empty (0 bytes); get a complete copy of it")
     with path.open("rb") as file:
         head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and read_header(path) is None:
-        raise InputError(f"{path} is a HEIC image, which keye cannot read; convert it to JPEG or PNG.")
+        raise InputError(f"{path} is a HEIC image, which keye cannot read; convert it to JPEG or PNG")
 
 
 def _open_error(path: Path) -> InputError:
     if check_integrity(path) == "cut before index":
         return InputError(
-            f"{path} was cut off before its index (moov) was written; get a complete copy of it."
+            f"{path} was cut off before its index (moov) was written; get a complete copy of it"
         )
     return _not_a_video(path)
 
 
 def _not_a_video(path: Path) -> InputError:
-    return InputError(
-        f"{path} is not a video or image that FFmpeg can read; check that it is the right file."
-    )
+    return InputError(f"{path} is not a video or image that FFmpeg can read; check that it is the right file")
 
 
 def _is_hidden(stream: VideoStream, packet: Packet) -> bool:
@@ -445,7 +442,6 @@ def _info_of_video(
         average_rate=rate,
         truncated_at_s=duration_s if scan.unreadable else None,
         mirrored=mirrored,
-        stream_index=stream.index,
         matching=scan.matching,
         start_pts=scan.start_pts,
         keyframes=scan.keyframes if scan.matching == "pts" else Keyframes(),

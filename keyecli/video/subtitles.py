@@ -30,19 +30,17 @@ def read_subtitles(path: str | Path) -> list[Cue]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"The subtitle file {path} does not exist; check the path.") from None
+        raise InputError(f"the subtitle file {path} does not exist; check the path") from None
     except IsADirectoryError:
         raise InputError(
-            f"{path} is a directory, not a subtitle file; name one .srt, .vtt or .ass file."
+            f"{path} is a directory, not a subtitle file; name one .srt, .vtt or .ass file"
         ) from None
     except OSError as error:
-        raise InputError(f"The subtitle file {path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"the subtitle file {path} cannot be read: {error.strerror}") from error
     try:
         events = pysubs2.SSAFile.from_string(_decode_text(data)).events
     except (pysubs2.exceptions.Pysubs2Error, ValueError) as error:
-        raise InputError(
-            f"{path} is not a subtitle file that can be read; use SRT, WebVTT or ASS."
-        ) from error
+        raise InputError(f"{path} is not a subtitle file that can be read; use SRT, WebVTT or ASS") from error
     cues = []
     for event in events:
         text = " ".join(event.plaintext.split())

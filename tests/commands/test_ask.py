@@ -143,6 +143,16 @@ def test_dry_run_is_the_plan(keye: Keye, clip: Path) -> None:
     assert plan["visual_tokens"] == answer["inputs"][0]["tokens"]
 
 
+def test_each_file_is_looked_into_once(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from keyecli.tasks import ask as task
+
+    seen: list[str] = []
+    probe = task.probe
+    monkeypatch.setattr(task, "probe", lambda path: (seen.append(str(path)), probe(path))[1])
+    assert answer_of(keye, str(clip), str(clip), "What?")["inputs"][1]["path"] == str(clip)
+    assert seen == [str(clip), str(clip)]
+
+
 def test_the_embedded_model_says_what_it_is(
     keye: Keye, clip: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +247,7 @@ def test_a_clip_cut_off_in_the_middle_is_answered_with_a_warning(keye: Keye, hal
     assert "half.mp4 is cut off" in warning
     assert "up to 0:00:0" in warning
     assert rest == [CUT_OFF]
+    assert keye("plan", str(half_clip))[2] == warning
     truncated_at_s = answer_of(keye, str(half_clip), "What?")["inputs"][0]["truncated_at_s"]
     assert 0 < truncated_at_s < 4
 
@@ -250,8 +261,8 @@ def test_strict_refuses_it(keye: Keye, half_clip: Path) -> None:
 
 def test_a_part_behind_the_end_is_refused(keye: Keye, clip: Path) -> None:
     code, out, err = keye("ask", str(clip), "What?", "--start", "100")
-    assert (code, out) in ((2, ""), (3, ""))
-    assert err.count("\n") == 1
+    assert (code, out) == (2, "")
+    assert err == "keye: the part begins at 0:01:40.000, but clip.mp4 ends at 0:00:02.040\n"
 
 
 # What can be wrong with a model.
@@ -282,6 +293,17 @@ def test_a_damaged_model(
     code, out, err = keye("ask", str(clip), "What?", "-m", str(copy))
     assert (code, out) == (4, "")
     assert err.startswith("keye: ")
+    assert err.count("\n") == 1
+
+
+def test_a_model_of_pickles_gets_one_sentence(keye: Keye, clip: Path, model: Path, folder: Path) -> None:
+    copy = folder / "model"
+    copy.mkdir()
+    shutil.copy(model / "config.json", copy)
+    (copy / "pytorch_model.bin").touch()
+    code, out, err = keye("ask", str(clip), "What?", "-m", str(copy))
+    assert (code, out) == (4, "")
+    assert err.startswith(f"keye: {copy} holds its weights only as pickle files (pytorch_model.bin)")
     assert err.count("\n") == 1
 
 

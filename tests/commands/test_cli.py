@@ -117,10 +117,13 @@ ONE_SENTENCE = {
     "aks": "keye: there is no command aks; did you mean ask?\n",
     "dance": "keye: there is no command dance; there are ask, plan, forge\n",
     "ask": 'keye: nothing to look at: give a video and a question, as in `keye ask clip.mp4 "What happens?"`\n',
-    "ask clip.mp4": 'keye: no question behind clip.mp4: give one, as in `keye ask clip.mp4 "What happens?"`\n',
+    "ask clip.mp4": 'keye: no question after clip.mp4: give one, as in `keye ask clip.mp4 "What happens?"`\n',
     "plan": "keye: nothing to look at: give at least one video, as in `keye plan clip.mp4`\n",
     "plan a.mp4 --fps 0": "keye: --fps must be above 0, not 0.0\n",
-    "plan a.mp4 --zzz": "keye: No such option: --zzz; see keye plan --help\n",
+    "plan a.mp4 --fps": "keye: option '--fps' requires an argument; see keye plan --help\n",
+    "plan - --fps 1": "keye: videos are not read from stdin: save it to a file and name that\n",
+    "ask - What?": "keye: videos are not read from stdin: save it to a file and name that\n",
+    "plan a.mp4 --zzz": "keye: no such option: --zzz; see keye plan --help\n",
 }
 
 
@@ -131,7 +134,7 @@ def test_a_usage_error_is_one_sentence(line: str, keye: Keye) -> None:
 
 def test_an_existing_file_is_an_input_whatever_its_name(keye: Keye, folder: Path) -> None:
     (folder / "clip").touch()
-    assert keye("ask", "other.mp4", "clip")[2].startswith("keye: no question behind clip:")
+    assert keye("ask", "other.mp4", "clip")[2].startswith("keye: no question after clip:")
 
 
 def test_underscores_in_flags(keye: Keye) -> None:
@@ -204,6 +207,21 @@ def test_a_reader_that_goes_away_is_no_complaint(isolated: dict[str, str]) -> No
     with process.stderr as stderr:
         assert stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_a_full_disk_is_one_sentence(isolated: dict[str, str]) -> None:
+    program = (
+        "import errno\n"
+        "from keyecli import cli\n"
+        "def full(): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "cli.build = full\n"
+        "cli.main()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=isolated, capture_output=True, text=True, check=False
+    )
+    said = "keye: the output cannot be written: no space is left where it goes\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", said)
 
 
 def test_python_m_keyecli(isolated: dict[str, str]) -> None:

@@ -91,14 +91,16 @@ def assert_interrupted_and_sane(shown: Terminal) -> None:
     assert not styles or styles[-1] in (b"0", b"")
 
 
-def test_while_importing(question: list[str], isolated: dict[str, str], folder: Path) -> None:
+@pytest.mark.parametrize("command", ["ask", "plan", "forge"])
+def test_while_importing(command: str, question: list[str], isolated: dict[str, str], folder: Path) -> None:
     # Stands in the place of torch, and swallows what it is told, as some libraries do while they are imported.
     (folder / "torch.py").write_text(
         "import time\nprint('importing', flush=True)\n"
         "try:\n    time.sleep(60)\nexcept BaseException:\n    raise ImportError('cannot be imported')\n"
     )
     environment = isolated | {"PYTHONPATH": f"{folder}{os.pathsep}{isolated['PYTHONPATH']}", "TERM": "xterm"}
-    with terminal([sys.executable, "-m", "keyecli", *question], environment) as shown:
+    arguments = {"ask": question, "plan": ["plan", question[1]], "forge": ["forge", "shapes"]}[command]
+    with terminal([sys.executable, "-m", "keyecli", *arguments], environment) as shown:
         shown.read_until(lambda seen: b"importing" in seen)
         shown.process.send_signal(signal.SIGINT)
         assert_interrupted_and_sane(shown)

@@ -78,13 +78,21 @@ def test_parameters_equal_those_of_the_built_model(loaded: LoadedModel, changes:
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
-def test_cache_bytes(official: KeyeVL2Config, loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"sa_config": None}], ids=["sparse", "dense"])
+def test_cache_bytes_are_what_the_cache_takes(
+    official: KeyeVL2Config, dtype: torch.dtype, changes: dict[str, Any]
+) -> None:
+    """A layer of the toy model: k and v (2 · 2 groups · 32) and, when sparse, one indexer key of 16."""
+    from tests.tiny import tiny_config
+
     assert cache_bytes_per_token(official, 2) == OFFICIAL_CACHE_BYTES == 104_448
-    assert cache_bytes_per_token(official, 2) == KeyeCache.bytes_per_token(official, torch.bfloat16)
-    cache = KeyeCache(loaded.config, 10)
-    assert (
-        cache_bytes_per_token(loaded.config, 4) * 10 == cache.k.nbytes + cache.v.nbytes + cache.index_k.nbytes
-    )
+    config = KeyeVL2Config(**tiny_config(**changes))
+    width = 2 * 2 * 32 + (0 if changes else 16)
+    assert cache_bytes_per_token(config, dtype.itemsize) == 2 * width * dtype.itemsize
+    cache = KeyeCache(config, 10, dtype=dtype)
+    held = sum(buffer.nbytes for buffer in (cache.k, cache.v, cache.index_k) if buffer is not None)
+    assert held == 10 * cache_bytes_per_token(config, dtype.itemsize)
 
 
 def test_worked_plan_of_an_hour(official: KeyeVL2Config) -> None:

@@ -129,10 +129,6 @@ def test_nothing_is_asked_that_is_not_clear() -> None:
             assert question.reasoning == "red circle: [[1.0, 3.0], [4.5, 6.0]]"
 
 
-def track_named(scene: Scene, name: str) -> Track | None:
-    return next((track for track in scene.tracks if track.name == name), None)
-
-
 def sampled(track: Track, scene: Scene) -> list[bool]:
     """Visibility at every half second, from the definition."""
     return [is_visible(track, step / 2, scene.duration_s) for step in range(round(scene.duration_s * 2) + 1)]

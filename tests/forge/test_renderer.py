@@ -24,7 +24,7 @@ from keyecli.forge import (
     render,
     sample_scene,
 )
-from keyecli.forge.font import CHARACTERS, text_bitmap
+from keyecli.forge.font import CELLS, CHARACTERS
 from keyecli.forge.renderer import Bank
 from keyecli.forge.scene import COLOURS, SHAPES, SceneOptions
 from tests.forge.scenes import (
@@ -103,10 +103,10 @@ def test_drawing_everything_looks_at_no_values() -> None:
 
 def test_concatenated_states_draw_each_clip() -> None:
     clips = [sample_scene(seed) for seed in (1, 2)]
-    parts = [frame_states(scene, scene.sampled_times()[:5]) for scene in clips]
-    joined = FrameStates.concatenate(parts)
+    parts = [frame_state_arrays(scene, scene.sampled_times()[:5]) for scene in clips]
+    joined = FrameStates.from_arrays(concatenate_arrays(parts))
     assert joined.frames == 10
-    expected = torch.cat([render(part, 84, 112) for part in parts])
+    expected = torch.cat([render(FrameStates.from_arrays(part), 84, 112) for part in parts])
     assert torch.equal(render(joined, 84, 112), expected)
     assert torch.equal(render(joined[5:], 84, 112), expected[5:])
 
@@ -201,6 +201,11 @@ def test_still_objects_stand_still() -> None:
     assert tuple(draw(hand_scene(), [4.5])[0, 90, 30]) == COLOURS["red"]
     assert tuple(draw(hand_scene(), [3.0])[0, 30, 30]) == (40, 40, 40)
     assert RED_CIRCLE.spans == ((1.0, 3.0), (4.5, 6.0))
+
+
+def text_bitmap(text: str) -> np.ndarray:
+    """The bitmap of `text`, float32 [7, 6 * len(text) - 1] of 0 (empty) or 1 (ink)."""
+    return np.concatenate([CELLS[CHARACTERS.index(character)] for character in text], axis=1)[:, :-1]
 
 
 def test_text_at_whole_dots_is_its_bitmap() -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from keyecli.errors import ExitCode, KeyeWarning, ModelError, UsageError
+from keyecli.errors import ExitCode, ModelError, UsageError
 from keyecli.model import checkpoint, companions
 from keyecli.model.checkpoint import (
     WEIGHT_NAMES,
@@ -845,14 +845,14 @@ def test_the_newer_spelling_and_our_own_keys_are_read(tmp_path: Path) -> None:
     assert read.fps == 4.0
 
 
-def test_without_mean_and_std_half_is_used_with_a_warning(tmp_path: Path) -> None:
-    for values, named in (({}, "image_mean and image_std"), ({"image_mean": [0, 0, 0]}, "image_std")):
-        with pytest.warns(KeyeWarning, match=f"does not give {named}: 0.5"):
-            read = load_preprocessor(write_preprocessor(tmp_path, values))
-        assert read.std == (0.5, 0.5, 0.5)
+def test_without_mean_and_std_half_is_assumed(tmp_path: Path) -> None:
+    assert load_preprocessor(write_preprocessor(tmp_path, NORMS)).assumed == ()
+    read = load_preprocessor(write_preprocessor(tmp_path, {"image_mean": [0, 0, 0]}))
+    assert (read.mean, read.std, read.assumed) == ((0, 0, 0), (0.5, 0.5, 0.5), ("image_std",))
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.warns(KeyeWarning, match="image_mean and image_std"):
-        assert load_preprocessor(tmp_path).mean == (0.5, 0.5, 0.5)
+    read = load_preprocessor(tmp_path)
+    assert (read.mean, read.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert read.assumed == ("image_mean", "image_std")
 
 
 @pytest.mark.parametrize(

@@ -188,18 +188,6 @@ def test_a_full_cache_says_so() -> None:
         model.decode(embeds[:, :11], positions[:, :, :11], cache)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"sa_config": None}])
-def test_bytes_per_token_is_what_the_cache_takes(dtype: torch.dtype, changes: dict[str, Any]) -> None:
-    """Per layer k and v (2 · 2 groups · 32) and, when sparse, one indexer key of 16."""
-    model = model_of(changes)
-    width = 2 * 2 * 32 + (0 if changes else 16)
-    assert KeyeCache.bytes_per_token(model.config, dtype) == 2 * width * dtype.itemsize
-    cache = KeyeCache(model.config, 100, dtype=dtype)
-    held = sum(buffer.nbytes for buffer in (cache.k, cache.v, cache.index_k) if buffer is not None)
-    assert held == 100 * KeyeCache.bytes_per_token(model.config, dtype)
-
-
 @torch.no_grad()
 def test_the_frames_matter() -> None:
     """Without this the sequence above could be text only."""

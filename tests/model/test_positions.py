@@ -137,7 +137,6 @@ def test_next_position_falls_behind_the_tokens_by_what_frames_save(tiny_tokenize
     prompt = build_prompt(tiny_tokenizer, config(), messages, visuals, think=False)
     # 12 tokens in 4 positions, then three times 4 tokens in 2.
     assert prompt.next_position == len(prompt.input_ids) - 8 - 3 * 2
-    assert prompt.rope_delta == -14
     assert prompt.visual_tokens == 24
     assert not prompt.thinking_open
     assert prompt.input_ids.tolist().count(IMAGE) == 12

@@ -97,7 +97,7 @@ def damaged(path: Path, size: int = 1500) -> Path:
 
 def doubtful(message: str) -> tuple[Fraction, Fraction]:
     """The stretch that a warning calls possibly wrong."""
-    match = re.search(r"the picture may be wrong from (\S+) (?:up to (\S+)\.$|on\.$)", message)
+    match = re.search(r"the picture may be wrong from (\S+) (?:up to (\S+)$|on$)", message)
     assert match is not None, message
     return parse_time(match[1]), parse_time(match[2]) if match[2] else Fraction(10**6)
 

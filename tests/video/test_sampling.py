@@ -113,16 +113,14 @@ def test_range() -> None:
         (5, 4, "is empty"),
         (None, 0, "is empty"),
         (-1, None, "before 0 s"),
-        (11, None, r"begins at 0:00:11.000, but clip.mp4 ends at 0:00:10.040"),
+        (11, None, r"part begins at 0:00:11.000, but clip.mp4 ends at 0:00:10.040"),
         (11, 20, "ends at 0:00:10.040"),
     ],
 )
 def test_refused_ranges(start: int | None, end: int | None, message: str) -> None:
-    settings = SamplingSettings(
-        start_s=None if start is None else Fraction(start), end_s=None if end is None else Fraction(end)
-    )
+    start_s, end_s = (None if time is None else Fraction(time) for time in (start, end))
     with pytest.raises(UsageError, match=message):
-        plan_video(steady(251), settings)
+        plan_video(steady(251), SamplingSettings(start_s=start_s, end_s=end_s))
 
 
 @pytest.mark.parametrize(

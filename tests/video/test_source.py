@@ -173,7 +173,7 @@ def test_the_largest_video_stream_is_taken_and_covers_are_not(tmp_path: Path) ->
         for stream in streams:
             container.mux(stream.encode())
     info = probe(path)
-    assert (info.width, info.stream_index, len(info.frame_times)) == (160, 1, 5)
+    assert (info.width, info.height, len(info.frame_times)) == (160, 96, 5)
 
 
 def test_one_frame_of_a_video(clip: Clip) -> None:
