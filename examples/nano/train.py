@@ -183,6 +183,11 @@ class Batches(IterableDataset):
             yield batch
 
 
+def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """A loader's collate function for batches that are made whole (a lambda could not be sent to a worker)."""
+    return batch
+
+
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.chat_template = recipe.CHAT_TEMPLATE
@@ -386,7 +391,7 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
         batch_size=None,
         num_workers=arguments.workers,
         prefetch_factor=3 if arguments.workers else None,
-        collate_fn=lambda batch: batch,
+        collate_fn=as_it_is,
         pin_memory=device.type == "cuda",
     )
     fast = wrapped(tokenizer)
