@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,6 @@ class Trainer:
         self.model, self.options, self.device = model, options, device
         self.gates = [layer.mlp.gate for layer in model.model.layers]
         for gate in self.gates:
-            # An attribute of the module, because a list that grows would make torch.compile start again at every call.
             gate.register_forward_hook(lambda module, args, output: setattr(module, "last_logits", output))
         named = list(model.named_parameters())
         self.indexer = [parameter for name, parameter in named if "sa_indexer" in name]
@@ -297,8 +296,8 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def exact(self, batches: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-        """Answers that teacher-forced decoding would write exactly, (right, all) by task: a quick look, not the card's table."""
+    def exact(self, batches: list[dict[str, Any]]) -> str:
+        """Share of answers, by task, that teacher-forced decoding would write exactly: a quick look, not the card's table."""
         right: Counter[str] = Counter()
         every: Counter[str] = Counter()
         for raw in batches:
@@ -313,7 +312,7 @@ class Trainer:
                 for segment, task in enumerate(tasks, start=1):
                     every[task] += 1
                     right[task] += not bool(wrong_by_row[row][segments[row] == segment].any())
-        return {task: (right[task], every[task]) for task in sorted(every)}
+        return " ".join(f"{task} {right[task] / every[task]:.2f}" for task in sorted(every))
 
 
 def save(model: KeyeVL2ForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
@@ -341,9 +340,6 @@ def main() -> None:
     parser.add_argument("--exact-every", type=int, default=1000)
     parser.add_argument("--save-every", type=int, default=4000)
     parser.add_argument(
-        "--compile", default="", help="compile the parts with this torch.compile backend (inductor)"
-    )
-    parser.add_argument(
         "--draw",
         choices=("both", "compiled"),
         default="both",
@@ -353,6 +349,31 @@ def main() -> None:
     arguments = parser.parse_args()
     options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
     run(options, arguments)
+
+
+def batches(
+    options: Options, tokenizer: Tokenizer, config: Any, arguments: argparse.Namespace
+) -> Iterable[dict[str, Any]]:
+    """Batches made ahead by worker processes, which also do half of the drawing: neither they nor the device can keep
+    up alone."""
+    return DataLoader(
+        Batches(options, tokenizer, config, draw_every=2 if arguments.draw == "both" else 0),
+        batch_size=None,
+        num_workers=arguments.workers,
+        prefetch_factor=3 if arguments.workers else None,
+        collate_fn=as_it_is,
+        pin_memory=arguments.device.startswith("cuda"),
+    )
+
+
+def held_out_batches(options: Options, tokenizer: Tokenizer, config: Any) -> list[dict[str, Any]]:
+    """A few batches of all lengths that training never draws."""
+    fast = wrapped(tokenizer)
+    made = [
+        make_batch(index, HELD_OUT_SEED + index * 4096, longest, options, fast, config)
+        for index, longest in enumerate((8.0, 15.0, 30.0, 60.0, 60.0, 60.0))
+    ]
+    return [{**batch, "states": vars(batch["states"])} for batch in made]
 
 
 def run(options: Options, arguments: argparse.Namespace) -> None:
@@ -376,39 +397,10 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
     if arguments.draw == "compiled":
         drawn = torch.compile(draw_frames, dynamic=True)
         trainer.draw = lambda states, height, width: drawn(states, noise_bank(device), height, width)
-    if arguments.compile:
-        for vision_layer in model.visual.vision_model.encoder.layers:
-            vision_layer.compile(dynamic=True, backend=arguments.compile)
-        for layer in model.model.layers:
-            # Not the attention itself: its loop over query chunks would be compiled anew for every length.
-            layer.self_attn.project = torch.compile(
-                layer.self_attn.project, dynamic=True, backend=arguments.compile
-            )
-            layer.mlp.compile(dynamic=True, backend=arguments.compile)
-    loader = DataLoader(
-        # Half of the drawing is done by the workers: neither they nor the device can keep up alone.
-        Batches(options, tokenizer, config, draw_every=2 if arguments.draw == "both" else 0),
-        batch_size=None,
-        num_workers=arguments.workers,
-        prefetch_factor=3 if arguments.workers else None,
-        collate_fn=as_it_is,
-        pin_memory=device.type == "cuda",
-    )
-    fast = wrapped(tokenizer)
-    held_out = [
-        make_batch(index, HELD_OUT_SEED + index * 4096, longest, options, fast, config)
-        for index, longest in enumerate((8.0, 15.0, 30.0, 60.0, 60.0, 60.0))
-    ]
-    for batch in held_out:
-        batch["states"] = vars(batch["states"])
-
-    def report_exact() -> None:
-        table = trainer.exact(held_out)
-        print("  exact " + " ".join(f"{task} {a / b:.2f}" for task, (a, b) in table.items()), flush=True)
-
+    held_out = held_out_batches(options, tokenizer, config)
     started = last = asked = time.monotonic()
-    clips, waited_s = 0, 0.0
-    for step, batch in enumerate(loader):
+    done, reported, clips, waited_s = 0, 0, 0, 0.0
+    for step, batch in enumerate(batches(options, tokenizer, config, arguments)):
         waited_s += time.monotonic() - asked
         share = options.share(step, time.monotonic() - started)
         if share >= 1.0:
@@ -418,23 +410,23 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
         done = step + 1
         if done % arguments.report_every == 0 or done in (1, 10):
             now = time.monotonic()
-            rate = arguments.report_every / (now - last)
+            rate = (done - reported) / (now - last)
             values = " ".join(f"{key} {float(value):.4f}" for key, value in figures.items())
             print(
                 f"{done} {options.phase(share)} {values} lr {options.learning_rate(step, share):.2e} "
                 f"{rate:.1f} steps/s waited {waited_s / (now - last):.0%} {clips} clips {now - started:.0f} s",
                 flush=True,
             )
-            last, waited_s = now, 0.0
+            last, reported, waited_s = now, done, 0.0
         if done % arguments.exact_every == 0:
-            report_exact()
+            print(f"  exact {trainer.exact(held_out)}", flush=True)
         if done % arguments.save_every == 0:
             save(model, tokenizer, arguments.out)
         if done == arguments.stop_after:
             break
         asked = time.monotonic()
     save(model, tokenizer, arguments.out)
-    report_exact()
+    print(f"  exact {trainer.exact(held_out)}", flush=True)
     print(f"done after {time.monotonic() - started:.0f} s, {done} steps and {clips} clips", flush=True)
 
 
