@@ -19,6 +19,8 @@ from keyecli.model.indexer import LightningIndexer, RMSNorm
 from keyecli.model.rope import rotate_half_split
 
 AttentionMode = Literal["sparse", "dense"]
+# The indexer's queries [B, T, J, e], gates [B, T, J] and keys [B, S, e].
+IndexerOutput = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,23 @@ class SparseAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """x: [B, T, D], normalised → output [B, T, D] and, with `teach_indexer`, the divergence fp32 [B, T]."""
         q, k, v = self.project(x, *context.rope)
-        index_q = index_w = index_k = None
+        index: IndexerOutput | None = None
         # In a dense pass nobody reads the indexer, unless a cache keeps its keys for later or it is being taught.
         wanted = context.mode == "sparse" or context.cache is not None or context.teach_indexer
         if self.sa_indexer is not None and context.index_rope is not None and wanted:
             # Detached: the next-token loss never reaches the indexer, its own loss never reaches the rest.
-            index_q, index_w, index_k = self.sa_indexer(x.detach(), *context.index_rope)
+            index = self.sa_indexer(x.detach(), *context.index_rope)
         if context.cache is not None:
-            k, v, index_k = context.cache.append(self.layer, k, v, index_k)
+            k, v, index_k = context.cache.append(self.layer, k, v, None if index is None else index[2])
+            if index is not None and index_k is not None:
+                index = (index[0], index[1], index_k)
 
-        keys = k.shape[1]
         # While everything visible fits into the selection, sparse and dense are the same function.
-        selects = index_q is not None and context.mode == "sparse" and keys > self.top_k
-        if not selects and not context.teach_indexer:
-            attended, divergence = self._dense(q, k, v, context), None
+        selects = context.mode == "sparse" and k.shape[1] > self.top_k
+        if index is not None and (selects or context.teach_indexer):
+            attended, divergence = self._chunked(q, k, v, index, context)
         else:
-            attended, divergence = self._chunked(q, k, v, index_q, index_w, index_k, selects, context)
+            attended, divergence = self._dense(q, k, v, context), None
         return self.o_proj(attended.flatten(2)), divergence
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,23 +113,23 @@ class SparseAttention(nn.Module):
             ).transpose(1, 2)
             if plain == queries:
                 return head
-            tail, _ = self._chunked(q, k, v, None, None, None, False, context, first=plain)
+            tail, _ = self._chunked(q, k, v, None, context, first=plain)
             return torch.cat((head, tail), dim=1)
-        return self._chunked(q, k, v, None, None, None, False, context)[0]
+        return self._chunked(q, k, v, None, context)[0]
 
     def _chunked(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        index_q: Tensor | None,
-        index_w: Tensor | None,
-        index_k: Tensor | None,
-        selects: bool,
+        index: IndexerOutput | None,
         context: AttentionContext,
         first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries from row `first` on, a chunk at a time against all keys before its end, so nothing T×T exists."""
+        """Queries from row `first` on, a chunk at a time against all keys before its end, so nothing T×T exists.
+
+        Without `index` everything visible is attended to.
+        """
         queries, keys = q.shape[1], k.shape[1]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         outputs, divergences = [], []
@@ -135,17 +138,10 @@ class SparseAttention(nn.Module):
             position = keys - queries + begin
             seen = keys - queries + end
             visible = reference.visible_keys(end - begin, seen, q.device, context.segments, position)
-            arguments = (
-                q[:, begin:end],
-                k[:, :seen],
-                v[:, :seen],
-                None if index_q is None else index_q[:, begin:end],
-                None if index_w is None else index_w[:, begin:end],
-                None if index_k is None else index_k[:, :seen],
-                visible,
-                selects,
-                context.teach_indexer,
-            )
+            part: IndexerOutput | None = None
+            if index is not None:
+                part = (index[0][:, begin:end], index[1][:, begin:end], index[2][:, :seen])
+            arguments = (q[:, begin:end], k[:, :seen], v[:, :seen], part, visible, context)
             if recompute:
                 output, divergence = checkpoint(self._chunk, *arguments, use_reentrant=False)
             else:
@@ -160,21 +156,18 @@ class SparseAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        index_q: Tensor | None,
-        index_w: Tensor | None,
-        index_k: Tensor | None,
+        index: IndexerOutput | None,
         visible: Tensor,
-        selects: bool,
-        teach_indexer: bool,
+        context: AttentionContext,
     ) -> tuple[Tensor, Tensor | None]:
         """One chunk of queries: scores, selection, attention and, when asked, the indexer's divergence over it."""
-        if index_q is None or index_w is None or index_k is None:
+        if index is None:
             return reference.masked_attention(q, k, v, visible), None
-        scores = reference.index_scores(index_q, index_w, index_k) if selects or teach_indexer else None
-        mask = visible.expand(q.shape[0], -1, -1)
-        if selects and scores is not None:
+        scores = reference.index_scores(*index)
+        mask = visible.expand_as(scores)
+        if context.mode == "sparse":
             mask = reference.select_top_k(scores.detach(), visible, self.top_k)
-        if not teach_indexer or scores is None:
+        if not context.teach_indexer:
             return reference.sparse_attention(q, k, v, mask, self.top_k), None
         output = reference.masked_attention(q, k, v, mask)
         with torch.no_grad():
