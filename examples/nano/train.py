@@ -2,11 +2,14 @@
 
 Four phases, the sizes of which the options set:
 1. sight: only the tower and the projector, which learn to name what stands where (sight.py);
-2. dense: next-token loss with dense attention, clips growing from a few seconds to a minute, sight beside it;
+2. dense: next-token loss with dense attention, clips growing from a few seconds to a minute;
 3. warm-up: everything frozen but the lightning indexers, which learn the attention's own distribution;
 4. sparse: attention over the selected keys only, next-token loss for the network, divergence for the indexers.
+Sight goes on beside the next-token loss, or the tower forgets what it has learnt; beside it the decoder's states half-way up
+learn to say what moves.
 
-The same seed, steps and options draw the same clips in the same order.
+The same seed, steps and options draw the same clips in the same order. Under `torchrun --nproc-per-node N` every process
+has a GPU and batches of its own, and their gradients are averaged.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +30,7 @@ import numpy as np
 import recipe
 import sight
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -56,9 +61,9 @@ from keyecli.video.sampling import resize_to_budget
 
 QUESTIONS_PER_CLIP = 6
 OTHER_RATES = (
-    1.5,
-    3.0,
-)  # one batch in four is sampled at one of these instead of the usual two frames a second
+    1.25,
+    3.5,
+)  # one batch in four is sampled somewhere between these instead of at two frames a second
 HELD_OUT_SEED = 500_000_000
 
 
@@ -70,16 +75,18 @@ class Options:
     steps: int = 14_000
     minutes: float = 0.0  # if the plan would take longer, the schedule follows the clock instead and ends here; 0: no limit
     tokens: int = 48_000  # in a batch, padding included
-    lr: float = 1.5e-3
-    lr_end: float = 3e-5
-    warm_up_steps: int = 300
-    sight_share: float = 0.08  # of the plan
-    dense_share: float = 0.66
+    lr: float = 8e-4
+    lr_end: float = 2e-5
+    warm_up_share: float = 0.015  # of the plan, as all shares
+    sight_share: float = 0.15
+    dense_share: float = 0.60
     indexer_share: float = 0.03
-    grow_steps: int = 3_500  # until the longest clips
+    grow_from: int = 3_500  # the step at which clips begin to grow
+    grow_steps: int = 2_500  # until the longest clips
     weight_decay: float = 0.05
     balance_weight: float = 1e-2
     sight_weight: float = 0.5
+    motion_weight: float = 0.5
     indexer_weight: float = 1.0
     indexer_lr: float = 1e-3
 
@@ -95,17 +102,22 @@ class Options:
                 return phase
         return "sparse"
 
-    def learning_rate(self, step: int, share: float) -> float:
-        """Linear warm-up, constant, then a cosine over the last half down to `lr_end`."""
-        if self.phase(share) == "warm-up":
+    def learning_rate(self, share: float) -> float:
+        """Linear warm-up, then a cosine down to `lr_end`: at once in the sight phase, over the last 60% of the rest."""
+        phase = self.phase(share)
+        if phase == "warm-up":
             return self.indexer_lr
-        warm = min(1.0, (step + 1) / self.warm_up_steps)
-        late = max(0.0, (share - 0.5) / 0.5)
+        if phase == "sight":
+            begun, late = 0.0, share / self.sight_share
+        else:
+            begun, late = self.sight_share, max(0.0, (share - 0.4) / 0.6)
+        warm = min(1.0, (share - begun) / self.warm_up_share)
         return self.lr_end + (self.lr * warm - self.lr_end) * 0.5 * (1 + math.cos(math.pi * late))
 
     def longest_s(self, step: int) -> float:
-        """Longest clip at this step: 6 s at the start, 60 s from `grow_steps` on."""
-        return 6.0 * 10.0 ** min(1.0, step / self.grow_steps)
+        """Longest clip at this step: 6 s up to `grow_from`, 60 s `grow_steps` later."""
+        grown = min(1.0, max(0.0, (step - self.grow_from) / self.grow_steps))
+        return 6.0 * 10.0**grown
 
 
 def make_batch(
@@ -117,11 +129,11 @@ def make_batch(
     height, width = resize_to_budget(size[1], size[0], recipe.BUDGET.min_tokens, recipe.BUDGET.max_tokens)
     top = max(2.0, round(2 * draws.log_uniform(2.0, longest_s)) / 2)
     scene_options = SceneOptions(max(2.0, round(1.5 * top) / 2), top, size=size)
-    fps = recipe.FPS if draws.chance(0.75) else draws.choice(OTHER_RATES)
+    fps = recipe.FPS if draws.chance(0.75) else draws.log_uniform(*OTHER_RATES)
     grid = (height // 28, width // 28)
     per_frame = grid[0] * grid[1] + 5
     clips = max(2, int(options.tokens // (per_frame * (1 + top * fps) + 70 * QUESTIONS_PER_CLIP)))
-    encoded, states, tasks = [], [], []
+    encoded, states, motions, tasks = [], [], [], []
     for place in range(clips):
         scene = sample_scene(seed + place, scene_options)
         times = scene.sampled_times(fps)
@@ -132,6 +144,7 @@ def make_batch(
         visual = Visual("video", grid, tuple(float(value) for value in times))
         encoded.append(encode_clip(tokenizer, config, visual, turns))
         states.append(frame_state_arrays(scene, times))
+        motions.append(sight.motions_of(scene, times))
         tasks.append([item.task for item in items])
     batch = collate(encoded, config.pad_token_id)
     return {
@@ -142,6 +155,8 @@ def make_batch(
         "weights": torch.from_numpy(batch.weights),
         "supervised": torch.from_numpy(np.flatnonzero(batch.targets != IGNORED_LABEL)),
         "shared_prefix": batch.shared_prefix,
+        "visual": torch.from_numpy(np.flatnonzero(batch.input_ids == config.video_token_id)),
+        "motions": torch.from_numpy(np.concatenate(motions)),
         "states": FrameStates.from_arrays(concatenate_arrays(states)),
         "size": (height, width),
         "tasks": tasks,
@@ -149,10 +164,12 @@ def make_batch(
 
 
 def _choose(draws: Draws, items: list[Any]) -> list[Any]:
-    """A few questions about a clip, of different tasks where possible; always one that asks for times."""
+    """A few questions about a clip, of different tasks where possible; always one that asks for times and, where a shape
+    allows it, one about motion, which is the hardest to learn."""
     shuffled = draws.sample(items, len(items))
-    chosen = [next(item for item in shuffled if item.task in ("ground", "ground_motion"))]
-    seen = {chosen[0].task}
+    chosen = [next(item for item in shuffled if item.task == "ground")]
+    chosen += [item for item in shuffled if item.task in ("motion", "ground_motion")][:1]
+    seen = {item.task for item in chosen}
     for item in shuffled:
         if len(chosen) < QUESTIONS_PER_CLIP and item.task not in seen:
             chosen.append(item)
@@ -161,10 +178,13 @@ def _choose(draws: Draws, items: list[Any]) -> list[Any]:
 
 
 class Batches(IterableDataset):
-    """Batches in the order of their index, whatever the number of workers."""
+    """Batches in the order of their index, whatever the number of workers; of `world` processes each has its own."""
 
-    def __init__(self, options: Options, tokenizer: Tokenizer, config: Any, draw_every: int = 0) -> None:
+    def __init__(
+        self, options: Options, tokenizer: Tokenizer, config: Any, draw_every: int, rank: int, world: int
+    ) -> None:
         self.options, self.config, self.draw_every = options, config, draw_every
+        self.rank, self.world = rank, world
         self.serialised = tokenizer.to_str()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -172,12 +192,13 @@ class Batches(IterableDataset):
         tokenizer = wrapped(Tokenizer.from_str(self.serialised))
         info = get_worker_info()
         offset, stride = (info.id, info.num_workers) if info else (0, 1)
-        for index in range(offset, self.options.steps, stride):
+        for step in range(offset, self.options.steps, stride):
+            index = step * self.world + self.rank
             seed = recipe.FIRST_TRAINING_SEED + index * 4096
             batch = make_batch(
-                index, seed, self.options.longest_s(index), self.options, tokenizer, self.config
+                index, seed, self.options.longest_s(step), self.options, tokenizer, self.config
             )
-            if self.draw_every and index % self.draw_every == 0:
+            if self.draw_every and step % self.draw_every == 0:
                 batch["frames"] = render(batch["states"], *batch["size"])
             batch["states"] = vars(batch["states"])
             yield batch
@@ -204,12 +225,17 @@ class Trainer:
         self.gates = [layer.mlp.gate for layer in model.model.layers]
         for gate in self.gates:
             gate.register_forward_hook(lambda module, args, output: setattr(module, "last_logits", output))
+        # Half-way up, so that the layers above can still tell the answer what was seen here.
+        self.middle = model.model.layers[model.config.num_hidden_layers // 2 - 1]
+        self.middle.register_forward_hook(
+            lambda module, args, output: setattr(module, "last_hidden", output[0])
+        )
         named = list(model.named_parameters())
         self.indexer = [parameter for name, parameter in named if "sa_indexer" in name]
         self.draw: Callable[[FrameStates, int, int], Tensor] = render
-        self.head = sight.SightHead(model.config.hidden_size).to(device, model.dtype)
+        self.heads = sight.Heads(model.config.hidden_size).to(device, model.dtype)
         self.network = [parameter for name, parameter in named if "sa_indexer" not in name]
-        self.network += self.head.parameters()
+        self.network += self.heads.parameters()
         self.network_adamw = MasterAdamW(self.network, options.lr, options.weight_decay)
         self.indexer_adamw = MasterAdamW(self.indexer, options.indexer_lr)
 
@@ -246,7 +272,7 @@ class Trainer:
         moved["states"] = FrameStates(**batch["states"]).to(self.device)
         return moved
 
-    def step(self, batch: dict[str, Any], step: int, share: float) -> dict[str, Tensor]:
+    def step(self, batch: dict[str, Any], share: float) -> dict[str, Tensor]:
         """One update, at `share` of the plan. Returns the figures of the step, on the device."""
         phase, options = self.options.phase(share), self.options
         batch = self.to_device(batch)
@@ -256,14 +282,22 @@ class Trainer:
         figures: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
         visual = self.see(batch)
-        if phase in ("sight", "dense"):
-            loss, figures["named"] = sight.sight_loss(self.head, visual, batch["states"], *batch["size"])
+        wanted = sight.targets(batch["states"], batch["motions"], *batch["size"])
+        if phase != "warm-up":
+            loss, named = sight.sight_loss(self.heads, visual, wanted)
+            figures |= named
             total = total + (1.0 if phase == "sight" else options.sight_weight) * loss
         if phase != "sight":
             logits, divergence = self.read(batch, visual, teach_indexer=phase != "dense")
             total = total + self._text_loss(batch, phase, logits, divergence, figures)
+        if phase in ("dense", "sparse"):
+            hidden = self.middle.last_hidden.flatten(0, 1)[batch["visual"]]
+            loss, moved = sight.motion_loss(self.heads, hidden, wanted)
+            figures |= moved
+            total = total + options.motion_weight * loss
         total.backward()
-        lr = options.learning_rate(step, share)
+        average_gradients(self.network + self.indexer)
+        lr = options.learning_rate(share)
         if phase != "warm-up":
             figures["norm"] = self.network_adamw.step(lr)
         if phase in ("warm-up", "sparse"):
@@ -315,6 +349,29 @@ class Trainer:
         return " ".join(f"{task} {right[task] / every[task]:.2f}" for task in sorted(every))
 
 
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """The mean over all processes of the gradients that exist, in one exchange."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size()
+    parts = joined.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(
+        gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+    )
+
+
+def agreed(share: float) -> float:
+    """The first process's share of the plan: the clocks of all would put them into different phases."""
+    if not dist.is_initialized():
+        return share
+    value = torch.tensor(share, dtype=torch.float64)
+    dist.broadcast(value, src=0)
+    return float(value)
+
+
 def save(model: KeyeVL2ForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder)
@@ -352,12 +409,12 @@ def main() -> None:
 
 
 def batches(
-    options: Options, tokenizer: Tokenizer, config: Any, arguments: argparse.Namespace
+    options: Options, tokenizer: Tokenizer, config: Any, arguments: argparse.Namespace, rank: int, world: int
 ) -> Iterable[dict[str, Any]]:
     """Batches made ahead by worker processes, which also do half of the drawing: neither they nor the device can keep
     up alone."""
     return DataLoader(
-        Batches(options, tokenizer, config, draw_every=2 if arguments.draw == "both" else 0),
+        Batches(options, tokenizer, config, 2 if arguments.draw == "both" else 0, rank, world),
         batch_size=None,
         num_workers=arguments.workers,
         prefetch_factor=3 if arguments.workers else None,
@@ -377,9 +434,16 @@ def held_out_batches(options: Options, tokenizer: Tokenizer, config: Any) -> lis
 
 
 def run(options: Options, arguments: argparse.Namespace) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if arguments.device == "cuda":
+            arguments.device = f"cuda:{rank}"
+            torch.cuda.set_device(rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device(arguments.device)
     # cuDNN builds a plan for every new shape of attention, and here nearly every batch has its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("high")  # the router's product, which took a tenth of a step
     torch.manual_seed(options.seed)
     tokenizer = recipe.train_tokenizer(recipe.forged_text(recipe.TOKENIZER_SEEDS))
     config = recipe.nano_config(tokenizer)
@@ -389,10 +453,11 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
     else:
         model = KeyeVL2ForConditionalGeneration(config).to(device, dtype)
     model.train()
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(asdict(options))}",
-        flush=True,
-    )
+    if rank == 0:
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(asdict(options))}",
+            flush=True,
+        )
     trainer = Trainer(model, options, device)
     if arguments.draw == "compiled":
         drawn = torch.compile(draw_frames, dynamic=True)
@@ -400,20 +465,25 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
     held_out = held_out_batches(options, tokenizer, config)
     started = last = asked = time.monotonic()
     done, reported, clips, waited_s = 0, 0, 0, 0.0
-    for step, batch in enumerate(batches(options, tokenizer, config, arguments)):
+    for step, batch in enumerate(batches(options, tokenizer, config, arguments, rank, world)):
         waited_s += time.monotonic() - asked
-        share = options.share(step, time.monotonic() - started)
+        share = agreed(options.share(step, time.monotonic() - started))
         if share >= 1.0:
             break
-        figures = trainer.step(batch, step, share)
+        figures = trainer.step(batch, share)
         clips += len(batch["tasks"])
         done = step + 1
+        if done == arguments.stop_after:
+            break
+        asked = time.monotonic()
+        if rank > 0:
+            continue
         if done % arguments.report_every == 0 or done in (1, 10):
             now = time.monotonic()
             rate = (done - reported) / (now - last)
             values = " ".join(f"{key} {float(value):.4f}" for key, value in figures.items())
             print(
-                f"{done} {options.phase(share)} {values} lr {options.learning_rate(step, share):.2e} "
+                f"{done} {options.phase(share)} {values} lr {options.learning_rate(share):.2e} "
                 f"{rate:.1f} steps/s waited {waited_s / (now - last):.0%} {clips} clips {now - started:.0f} s",
                 flush=True,
             )
@@ -422,9 +492,11 @@ def run(options: Options, arguments: argparse.Namespace) -> None:
             print(f"  exact {trainer.exact(held_out)}", flush=True)
         if done % arguments.save_every == 0:
             save(model, tokenizer, arguments.out)
-        if done == arguments.stop_after:
-            break
         asked = time.monotonic()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     save(model, tokenizer, arguments.out)
     print(f"  exact {trainer.exact(held_out)}", flush=True)
     print(f"done after {time.monotonic() - started:.0f} s, {done} steps and {clips} clips", flush=True)

@@ -63,19 +63,67 @@ def test_sight_targets_by_hand() -> None:
     """A 5 × 4 grid of cells over 320 × 240 pixels: 64 × 60 pixels a cell."""
     import sight
 
-    circle = Track("red circle", "red", 60.0, (Appearance(0.0, 2.0, x=96.0, y=75.0),), shape="circle")
+    motion = {"motion": "left", "motion_start_s": 0.0, "motion_end_s": 1.0, "dx": -64.0}
+    star = Track("red star", "red", 60.0, (Appearance(0.0, 2.0, x=128.0, y=75.0, **motion),), shape="star")
     word = Track("word CAT", "white", 4.0, (Appearance(0.0, 4.0, x=310.0, y=230.0),), text="CAT")
     digit = Track("number 7", "yellow", 4.0, (Appearance(1.0, 4.0, x=10.0, y=10.0),), text="7")
-    states = FrameStates.from_arrays(frame_state_arrays(scene_with(circle, word, digit), [0.5, 3.0]))
-    wanted, places = sight.targets(states, 112, 140)
+    scene, times = scene_with(star, word, digit), [0.0, 0.5, 3.0]
+    states = FrameStates.from_arrays(frame_state_arrays(scene, times))
+    motions = torch.from_numpy(sight.motions_of(scene, times))
+    assert motions[:, 0].tolist() == [-1, sight.DOINGS.index("left"), -1]
+    wanted = sight.targets(states, motions, 112, 140)
     names = [*sight.NAMES, "nothing"]
-    assert [names[int(index)] for index in wanted[0]].count("nothing") == 18
-    assert names[int(wanted[0, 1 * 5 + 1])] == "red circle"
-    assert names[int(wanted[0, 3 * 5 + 4])] == "word CAT"
-    torch.testing.assert_close(places[0, 6], torch.tensor([0.0, -0.25]))
-    # Later the circle is gone and the digit has come.
-    assert names[int(wanted[1, 6])] == "nothing"
-    assert names[int(wanted[1, 0])] == "number 7"
+    frames = wanted.classes.view(3, 20)
+    assert [names[int(index)] for index in frames[1]].count("nothing") == 18
+    assert names[int(frames[1, 1 * 5 + 1])] == "red star"
+    assert names[int(frames[1, 3 * 5 + 4])] == "word CAT"
+    # In the middle of the second cell of a row, a quarter above the middle of the second row; upright.
+    expected = torch.tensor([0.0, -0.25, 1.5, 1.25, 1.0, 0.0])
+    torch.testing.assert_close(wanted.geometry.view(3, 20, 6)[1, 6], expected)
+    assert wanted.has_turn.view(3, 20)[1].nonzero().flatten().tolist() == [6]
+    assert wanted.motions.view(3, 20)[1].tolist() == [-1] * 6 + [sight.DOINGS.index("left")] + [-1] * 13
+    # Later the star is gone and the digit has come.
+    assert names[int(frames[2, 6])] == "nothing"
+    assert names[int(frames[2, 0])] == "number 7"
+
+
+def test_motion_is_known_only_of_what_was_there_before() -> None:
+    import sight
+
+    turning = Appearance(1.0, 4.0, 99.0, 99.0, "spin", 2.0, 3.0, turns=0.25)
+    still = Appearance(0.0, 4.0, 30.0, 30.0)
+    scene = scene_with(
+        Track("red star", "red", 60.0, (turning,), shape="star"),
+        Track("blue ring", "blue", 60.0, (still,), shape="ring"),
+    )
+    doings = sight.motions_of(scene, [0.0, 1.0, 2.0, 2.5, 3.0, 4.0])
+    spin = sight.DOINGS.index("spin")
+    assert doings[:, 0].tolist() == [-1, -1, 0, spin, spin, 0]
+    assert doings[:, 1].tolist() == [-1, 0, 0, 0, 0, 0]
+
+
+def test_losses_of_right_heads_are_small_and_their_figures_say_so() -> None:
+    import sight
+
+    scene = sample_scene(3)
+    times = scene.sampled_times(2.0)
+    states = FrameStates.from_arrays(frame_state_arrays(scene, times))
+    wanted = sight.targets(states, torch.from_numpy(sight.motions_of(scene, times)), 112, 140)
+    heads = sight.Heads(8)
+    heads.forward = lambda visual: (  # type: ignore[method-assign]
+        100 * torch.nn.functional.one_hot(wanted.classes, sight.NOTHING + 1).float(),
+        wanted.geometry,
+    )
+    loss, figures = sight.sight_loss(heads, torch.zeros(len(wanted.classes), 8), wanted)
+    assert float(loss) == pytest.approx(0.0, abs=1e-6)
+    assert float(figures["shapes"]) == 1.0
+    heads.motion = torch.nn.Identity()
+    said = 100 * torch.nn.functional.one_hot(wanted.motions.clamp(min=0), len(sight.DOINGS)).float()
+    loss, figures = sight.motion_loss(heads, said, wanted)
+    assert float(loss) == pytest.approx(0.0, abs=1e-6)
+    assert float(figures["moving"]) == float((wanted.motions > 0).any())
+    loss, figures = sight.motion_loss(heads, said.roll(1, dims=1), wanted)
+    assert float(loss) > 50 and float(figures["moving"]) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -84,8 +132,10 @@ def test_sight_names_what_the_scene_names(seed: int) -> None:
 
     scene = sample_scene(seed)
     for time_s in (0.0, scene.duration_s / 2, scene.duration_s):
-        wanted, _ = sight.targets(FrameStates.from_arrays(frame_state_arrays(scene, [time_s])), 112, 140)
-        named = {sight.NAMES[int(index)] for index in wanted[0] if int(index) != sight.NOTHING}
+        states = FrameStates.from_arrays(frame_state_arrays(scene, [time_s]))
+        unknown = torch.from_numpy(sight.motions_of(scene, [time_s]))
+        wanted = sight.targets(states, unknown, 112, 140).classes
+        named = {sight.NAMES[int(index)] for index in wanted if int(index) != sight.NOTHING}
         ends = scene.duration_s
         visible = {
             track.name
@@ -126,7 +176,7 @@ def test_grading_by_hand() -> None:
 def test_the_recipe_trains_through_every_phase(tmp_path: Path) -> None:
     options = (
         "--device cpu --dtype float32 --workers 0 --report-every 1 --exact-every 100 --save-every 100 "
-        "--steps 8 --tokens 900 --grow-steps 1000 --sight-share 0.25 --dense-share 0.25 --indexer-share 0.25"
+        "--steps 8 --tokens 900 --grow-from 1000 --sight-share 0.25 --dense-share 0.25 --indexer-share 0.25"
     )
     command = [sys.executable, str(SCRIPTS / "train.py"), str(tmp_path / "nano"), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
