@@ -99,9 +99,10 @@ def load_settings(
 ) -> Settings:
     """The settings of one run of `command`.
 
-    `flags` maps names of Settings to what was given on the command line, None for not given. `config` is read in the place
-    of ./keye.toml. In a file, a key at the top counts for every command and one in `[ask]` for `keye ask`; `commands` are
-    the tables that may stand there. UsageError: an unreadable file, an unknown key, a value of the wrong type.
+    `flags` maps names of Settings to what was given on the command line (a value or its text), None for not given.
+    `config` is read in the place of ./keye.toml. In a file, a key at the top counts for every command and one in `[ask]`
+    for `keye ask`; `commands` are the tables that may stand there. UsageError: an unreadable file, an unknown key, a value
+    of the wrong type.
     """
     environment = os.environ if environment is None else environment
     config = config or (Path(environment["KEYE_CONFIG"]) if environment.get("KEYE_CONFIG") else None)
@@ -113,8 +114,19 @@ def load_settings(
     if config or project.is_file():
         values |= _read_file(project, command, tables)
     values |= _read_environment(environment)
-    values |= {name: value for name, value in flags.items() if value is not None}
+    values |= _read_flags(flags)
     return Settings(**values)
+
+
+def _read_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that were given; one that comes as text is read as the same text in the environment would be."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return {
+        name: _from_text("--" + name.replace("_", "-"), value, _KINDS[name])
+        if isinstance(value, str)
+        else value
+        for name, value in given.items()
+    }
 
 
 def _read_file(path: Path, command: str, tables: set[str]) -> dict[str, Any]:

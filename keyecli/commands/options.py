@@ -46,12 +46,13 @@ def _text(panel: str, metavar: str, *names: str, help: str) -> Any:
     return Annotated[str | None, _option(panel, *names, metavar=metavar, help=help)]
 
 
-def _whole(panel: str, name: str, help: str) -> Any:
-    return Annotated[int | None, _option(panel, name, metavar="N", help=help)]
-
-
 def _number(panel: str, metavar: str, name: str, help: str) -> Any:
-    return Annotated[float | None, _option(panel, name, metavar=metavar, help=help)]
+    # Text here, which `load_settings` reads as it reads the environment: one way of reading, one wording when it is wrong.
+    return _text(panel, metavar, name, help=help)
+
+
+def _whole(panel: str, name: str, help: str) -> Any:
+    return _number(panel, "N", name, help)
 
 
 MODEL = {
