@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # Toy tensors gain nothing from a second thread, and threads that wait for each other lose much on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: without a GPU, its interpreter runs them.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from torch import Tensor
 # Above this many keys for each one selected, gathering the selected keys beats computing all of them under a mask.
 GATHER_CROSSOVER = 8
 GATHER_WORKSPACE_BYTES = 256 * 2**20
+SELECTION_WORKSPACE_BYTES = 256 * 2**20
+FP8_LARGEST = 448.0
 
 PADDING_SEGMENT = -1
 SHARED_SEGMENT = 0
@@ -46,19 +48,53 @@ def visible_keys(
     return (visible & allowed) | (key_positions == query_positions)[None]
 
 
-def index_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
+def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
+    """Sylvester's Hadamard matrix, unscaled: entry (i, j) is −1 to the number of ones in i & j. fp32 [dim, dim]."""
+    if dim < 1 or dim & (dim - 1):
+        raise ValueError(f"a Hadamard matrix needs a power of two, not {dim}")
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < dim:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return matrix
+
+
+def quantise_index(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Indexer queries or keys [..., e] as the release stores them: rotated by the orthonormal Hadamard matrix, then FP8.
+
+    The rotation leaves every dot product as it is and spreads outliers over the row. Returns float8_e4m3fn [..., e] and
+    fp32 scales [...], for each row the smallest power of two that brings it within ±448 (1 for a row of zeros); a value
+    times its row's scale is the rotated entry. A power of two, so that scaling never rounds.
+    """
+    dim = x.shape[-1]
+    rotated = (x.float() @ hadamard_matrix(dim, x.device)) * dim**-0.5
+    ratio = rotated.abs().amax(-1) * (1 / FP8_LARGEST)
+    mantissa, exponent = torch.frexp(ratio)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-100)
+    # Written as bits: a power function need not be exact on every device.
+    power = ((exponent + 127) << 23).view(torch.float32)
+    scale = torch.where(ratio > 0, power, 1.0)
+    values = (rotated / scale[..., None]).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def index_scores(
+    q: Tensor, w: Tensor, k: Tensor, q_scale: Tensor | None = None, k_scale: Tensor | None = None
+) -> Tensor:
     """The lightning indexer: I[t, s] = e^(−1/2) · Σ_j w[t, j] · max(0, q[t, j] · k[s]).
 
-    q: [B, T, J, e]; w: [B, T, J], any sign; k: [B, S, e], shared by the heads. Returns fp32 [B, T, S], all keys, unmasked.
-    One head at a time, so the workspace is a few times the result.
+    q: [B, T, J, e]; w: [B, T, J], any sign; k: [B, S, e], shared by the heads. FP8 rows of `quantise_index` come with
+    their scales, q_scale [B, T, J] and k_scale [B, S]. Returns fp32 [B, T, S], all keys, unmasked.
+    Products are those of the stored values and all sums fp32, so that another order of summation is all that a kernel may
+    change. One head at a time, so the workspace is a few times the result.
     """
-    keys = k.transpose(1, 2)
-    scale = q.shape[-1] ** -0.5
+    keys = k.float() if k_scale is None else k.float() * k_scale[..., None]
+    keys = keys.transpose(1, 2)
+    gates = w.float() if q_scale is None else w.float() * q_scale
     scores = torch.zeros(1, dtype=torch.float32, device=q.device)
     for head in range(q.shape[2]):
-        similarity = torch.relu(q[:, :, head] @ keys)
-        scores = scores + similarity.float() * (w[:, :, head, None].float() * scale)
-    return scores
+        similarity = torch.relu(q[:, :, head].float() @ keys)
+        scores = scores + similarity * gates[:, :, head, None]
+    return scores * q.shape[-1] ** -0.5
 
 
 def select_top_k(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
@@ -88,6 +124,53 @@ def selected_indices(selected: Tensor, top_k: int) -> Tensor:
         .values
     )
     return ranked.masked_fill(ranked == keys, -1)
+
+
+def select_keys(
+    q: Tensor,
+    w: Tensor,
+    k: Tensor,
+    top_k: int,
+    segments: Tensor | None = None,
+    first_query: int | Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+) -> Tensor:
+    """The keys that every query attends to: the `top_k` best of `index_scores` among `visible_keys`, ties to the lower index.
+
+    q, w, k and the scales as in `index_scores`; k may be the filled part of a longer buffer. segments: int [B, S] as in
+    `visible_keys`. first_query: the position of the first query, S − T by default; an int tensor [B] gives every batch row
+    its own (static buffers, rows of unequal length). Returns int32 [B, T, min(top_k, S)]: ascending, −1 behind the last.
+    Queries go in chunks whose scores and masks stay within `SELECTION_WORKSPACE_BYTES`.
+    """
+    if isinstance(first_query, Tensor):
+        rows = [
+            select_keys(
+                q[b : b + 1],
+                w[b : b + 1],
+                k[b : b + 1],
+                top_k,
+                None if segments is None else segments[b : b + 1],
+                int(first_query[b]),
+                None if q_scale is None else q_scale[b : b + 1],
+                None if k_scale is None else k_scale[b : b + 1],
+            )
+            for b in range(len(q))
+        ]
+        return torch.cat(rows)
+    batch, queries = q.shape[:2]
+    keys = k.shape[1]
+    first = keys - queries if first_query is None else first_query
+    chunk = max(1, SELECTION_WORKSPACE_BYTES // (64 * batch * keys))
+    lists = []
+    for begin in range(0, queries, chunk):
+        end = min(begin + chunk, queries)
+        part = None if q_scale is None else q_scale[:, begin:end]
+        scores = index_scores(q[:, begin:end], w[:, begin:end], k, part, k_scale)
+        visible = visible_keys(end - begin, keys, q.device, segments, first + begin)
+        selected = select_top_k(scores, visible, top_k)
+        lists.append(selected_indices(selected, top_k).to(torch.int32))
+    return torch.cat(lists, dim=1)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -136,6 +219,62 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, top_k: i
     return gathered_attention(q, k, v, selected_indices(selected, top_k))
 
 
+def attend_indices(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention of every query over the keys that its list names.
+
+    q: [B, T, H, d]; k, v: [B, S, G, d]; indices: int [B, T, K], distinct keys of every query, −1 (anywhere) for none.
+    Returns the output [B, T, H, d] in q's type and the logarithm of each softmax denominator, at least fp32, [B, T, H]; 0 and
+    −inf for a query without keys. Computed in fp32 at least, the gathered rows within `GATHER_WORKSPACE_BYTES`.
+    """
+    batch, queries, heads, dim = q.shape
+    groups = k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    row_bytes = 2 * indices.shape[-1] * groups * dim * wide.itemsize * batch
+    block = max(1, GATHER_WORKSPACE_BYTES // row_bytes)
+    rows = torch.arange(batch, device=q.device)[:, None, None]
+    outputs, lses = [], []
+    for begin in range(0, queries, block):
+        chosen = indices[:, begin : begin + block].long()
+        absent = chosen < 0
+        # Zeros in place of absent rows: whatever stands in the row that is read there must not reach a gradient.
+        keys = k[rows, chosen.clamp(min=0)].to(wide).masked_fill(absent[..., None, None], 0)
+        values = v[rows, chosen.clamp(min=0)].to(wide).masked_fill(absent[..., None, None], 0)
+        grouped = q[:, begin : begin + block].to(wide).unflatten(2, (groups, heads // groups))
+        logits = torch.einsum("btgrd,btkgd->btgrk", grouped, keys) * dim**-0.5
+        logits = logits.masked_fill(absent[:, :, None, None], float("-inf"))
+        empty = absent.all(-1)[:, :, None, None]
+        largest = logits.detach().amax(-1).masked_fill(empty, 0)
+        weights = (logits - largest[..., None]).exp()
+        total = weights.sum(-1).masked_fill(empty, 1)
+        attended = torch.einsum("btgrk,btkgd->btgrd", weights / total[..., None], values)
+        outputs.append(attended.flatten(2, 3).to(q.dtype))
+        lses.append((total.log() + largest).masked_fill(empty, float("-inf")).flatten(2, 3))
+    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
+
+
+def selected_probabilities(q: Tensor, k: Tensor, indices: Tensor, lse: Tensor) -> Tensor:
+    """The mean over all heads of the softmax weights on each selected key: what the indexer learns from.
+
+    q: [B, T, H, d]; k: [B, S, G, d]; indices: int [B, T, K], −1 for none; lse: [B, T, H], from `attend_indices`.
+    Returns [B, T, K], at least fp32, without gradients; 0 at −1. A query's weights add up to one, or to 0 without keys.
+    """
+    batch, queries, heads, dim = q.shape
+    groups = k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    block = max(1, GATHER_WORKSPACE_BYTES // (2 * indices.shape[-1] * groups * dim * wide.itemsize * batch))
+    rows = torch.arange(batch, device=q.device)[:, None, None]
+    outputs = []
+    with torch.no_grad():
+        for begin in range(0, queries, block):
+            chosen = indices[:, begin : begin + block].long()
+            keys = k[rows, chosen.clamp(min=0)].to(wide)
+            grouped = q[:, begin : begin + block].to(wide).unflatten(2, (groups, heads // groups))
+            logits = torch.einsum("btgrd,btkgd->btgrk", grouped, keys).flatten(2, 3) * dim**-0.5
+            weights = (logits - lse[:, begin : begin + block, :, None]).exp().mean(2)
+            outputs.append(weights.masked_fill(chosen < 0, 0))
+    return torch.cat(outputs, dim=1)
+
+
 def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Softmax weights of every head over the keys of `mask`: q [B, T, H, d], k [B, S, G, d] → fp32 [B, H, T, S]."""
     heads, dim = q.shape[2:]
@@ -159,17 +298,31 @@ def indexer_divergence(probabilities: Tensor, scores: Tensor, mask: Tensor, grou
     return groups * (torch.xlogy(teacher, teacher) - teacher * log_student).sum(-1)
 
 
-def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention inside each of N frames: q, k, v [N, P, heads, d] → [N, P, heads, d]."""
+def frame_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
+    """Full attention inside each of N frames: q, k, v [N, P, heads, d] → [N, P, heads, d].
+
+    With cos and sin, fp32 [P, d] whose rows have two equal halves, q and k are first rotated: pairs (i, i + d/2), in fp32.
+    """
+    if cos is not None and sin is not None:
+        cosine, sine = cos[:, None], sin[:, None]
+
+        def rotated(x: Tensor) -> Tensor:
+            first, second = x.float().chunk(2, dim=-1)
+            turned = torch.cat((-second, first), dim=-1)
+            return (x.float() * cosine + turned * sine).to(x.dtype)
+
+        q, k = rotated(q), rotated(k)
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return attended.transpose(1, 2)
 
 
 def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
     """Router logits [T, E] → fp32 weights [T, top_k] and experts [T, top_k]: softmax over all experts in fp32, then the
-    largest; with `normalise` the chosen weights are scaled to add up to one."""
-    probabilities = logits.float().softmax(-1)
-    weights, experts = probabilities.topk(top_k, dim=-1)
+    largest, of equal ones the lower expert; with `normalise` the chosen weights are scaled to add up to one."""
+    ranked = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    weights, experts = ranked.values[:, :top_k], ranked.indices[:, :top_k]
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, experts

@@ -123,7 +123,8 @@ def test_losses_of_right_heads_are_small_and_their_figures_say_so() -> None:
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
     assert float(figures["moving"]) == float((wanted.motions > 0).any())
     loss, figures = sight.motion_loss(heads, said.roll(1, dims=1), wanted)
-    assert float(loss) > 50 and float(figures["moving"]) == 0.0
+    assert float(loss) > 50
+    assert float(figures["moving"]) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,0 +1,1 @@
+"""What `keye bench` runs on this machine; nothing else imports it."""

@@ -1,0 +1,259 @@
+"""Sparse attention of the 30B shape on this GPU, against PyTorch's dense attention and between its own methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from keyecli.bench.measure import Measurement, relative_error, time_device
+from keyecli.kernels import attention, decode, reference, unions
+
+HEADS, GROUPS, DIM, TOP_K = 32, 4, 128, 2048
+# Queries are timed a slice at a time: what a slice costs follows from how many keys stand before it.
+SLICE_QUERIES = 4096
+# Where the slices of a layer's estimate have their middle: the midpoint rule, exact for dense attention.
+MIDPOINTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+# Caches that decoding goes through in turn, so that their selected rows are more than the second-level cache holds.
+DECODE_LAYERS = 16
+TIME_BUDGET_S = 0.05
+LONGEST_GRADIENT = 32_768
+TOLERANCE = 1e-2
+
+
+def measure(lengths: Sequence[int]) -> Iterator[Measurement]:
+    """Prefill slices, a layer's sum of them, gradients up to 32K, and decoding, for each length."""
+    for length in lengths:
+        yield from measure_prefill(length)
+        yield from measure_decode(length)
+
+
+def random_selection(first: int, queries: int, keys: int) -> Tensor:
+    """Lists as an indexer gives them, int32 [1, queries, min(2048, keys)], of the queries at positions `first` and on.
+
+    The score of a key is its lasting importance plus interest that turns slowly with the query plus noise of every pair,
+    weighted so that 16 neighbouring queries select about 8K distinct keys of 128K.
+    """
+    waves = 64
+    importance = torch.randn(keys, device="cuda")
+    interest = torch.randn(waves, keys, device="cuda")
+    turns = torch.rand(waves, device="cuda") * (2 * torch.pi / 200)
+    phases = torch.rand(waves, device="cuda") * (2 * torch.pi)
+    length = min(TOP_K, keys)
+    lists = []
+    for begin in range(first, first + queries, 256):
+        positions = torch.arange(begin, min(begin + 256, first + queries), device="cuda")
+        weights = torch.cos(positions[:, None] * turns + phases) * (2 / waves) ** 0.5
+        scores = (
+            importance + 0.7 * (weights @ interest) + 0.5 * torch.randn(len(positions), keys, device="cuda")
+        )
+        hidden = torch.arange(keys, device="cuda") > positions[:, None]
+        ranked = scores.masked_fill_(hidden, float("-inf")).topk(length, dim=-1)
+        chosen = torch.where(ranked.values.isneginf(), keys, ranked.indices).sort(dim=-1).values
+        lists.append(chosen.masked_fill(chosen == keys, -1).to(torch.int32))
+    return torch.cat(lists)[None]
+
+
+def least_work(indices: Tensor) -> tuple[float, float]:
+    """The fewest operations and bytes of the definition: two products a selected key and head; every selected row of K and V,
+    queries, outputs and lists once."""
+    queries = indices.shape[1]
+    selected = float((indices >= 0).sum())
+    distinct = len(torch.unique(indices[indices >= 0]))
+    flops = 4 * selected * HEADS * DIM
+    moved = 2 * 2 * distinct * GROUPS * DIM + 2 * 2 * queries * HEADS * DIM + 4 * queries * HEADS
+    return flops, float(moved + indices.numel() * indices.element_size())
+
+
+def check(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Raise unless a benchmark's result is right: its time would mean nothing."""
+    error = relative_error(actual, expected)
+    if not error <= TOLERANCE:
+        raise RuntimeError(f"{name}: relative error {error:.3g} against the definition")
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Callable[[], Tensor]:
+    """PyTorch's attention of every query over all the keys given: q [B, T, H, d], k and v [B, S, G, d].
+
+    Keys and values are repeated for every head, before the time is taken, where the backend has no grouped form.
+    """
+
+    def attend(keys: Tensor, values: Tensor, grouped: bool) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), enable_gqa=grouped
+            )
+
+    try:
+        attend(k, v, True)
+    except RuntimeError:
+        ratio = q.shape[2] // k.shape[2]
+        keys, values = (x.repeat_interleave(ratio, dim=2) for x in (k, v))
+        return lambda: attend(keys, values, False)
+    return lambda: attend(k, v, True)
+
+
+def seen_on_average(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Callable[[], Tensor]:
+    """Dense attention of the last queries over as many keys as they see on average: the work of the causal form, which
+    PyTorch has only for as many queries as keys."""
+    keys = k.shape[1] - q.shape[1] // 2
+    return dense_attention(q, k[:, :keys], v[:, :keys], backend)
+
+
+def random_tensor(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def measure_prefill(length: int) -> Iterator[Measurement]:
+    """The last slice by every method and backend, then a whole layer from four slices."""
+    queries = min(SLICE_QUERIES, length // 4)
+    k, v = random_tensor(1, length, GROUPS, DIM), random_tensor(1, length, GROUPS, DIM)
+    q = random_tensor(1, queries, HEADS, DIM)
+    indices = random_selection(length - queries, queries, length)
+    check_prefill(q, k, v, indices)
+    yield from measure_slice(q, k, v, indices)
+    if length <= LONGEST_GRADIENT:
+        yield measure_gradient(q, k, v, indices)
+
+    sparse_s = dense_s = spread_s = flops = moved = 0.0
+    for midpoint in MIDPOINTS:
+        end = int(midpoint * length) + queries // 2
+        k_seen, v_seen = k[:, :end], v[:, :end]
+        indices = random_selection(end - queries, queries, end)
+        least = least_work(indices)
+        run = partial(attention.sparse_attention, q, k_seen, v_seen, indices)
+        seconds, spread = time_device(run, TIME_BUDGET_S)
+        dense = seen_on_average(q, k_seen, v_seen, SDPBackend.CUDNN_ATTENTION)
+        dense_s += time_device(dense, TIME_BUDGET_S)[0]
+        sparse_s, spread_s, flops, moved = (
+            sparse_s + seconds,
+            spread_s + spread,
+            flops + least[0],
+            moved + least[1],
+        )
+    share = length / (len(MIDPOINTS) * queries)
+    yield Measurement(
+        "sparse attention, chosen method", f"layer of {length} tokens, midpoint rule over {len(MIDPOINTS)} slices",
+        share * sparse_s, share * spread_s, share * flops, share * moved,
+        "cuDNN dense causal, same slices", share * dense_s,
+    )  # fmt: skip
+
+
+def check_prefill(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
+    """Every method and the probabilities against the definition, at 64 queries of the slice."""
+    sample = torch.randperm(q.shape[1], device="cuda")[:64]
+    exact = reference.attend_indices(q[:, sample].float(), k, v, indices[:, sample])
+    methods: tuple[attention.Method, ...] = ("gather", "union", "dense")
+    for method in methods:
+        out, lse = attention.sparse_attention(q, k, v, indices, method)
+        check(f"{method} output", out[:, sample], exact[0])
+        check(f"{method} log-sum-exp", lse[:, sample], exact[1])
+    expected = reference.selected_probabilities(q[:, sample].float(), k, indices[:, sample], exact[1])
+    check("probabilities", attention.selected_probabilities(q, k, indices, lse)[:, sample], expected)
+
+
+def measure_slice(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[Measurement]:
+    """Each method on the last queries, the lists that the union method builds first, and the probabilities."""
+    length, queries = k.shape[1], q.shape[1]
+    chunk = next(unions.chunks(indices, length))
+    distinct = float(chunk.unions().counts.float().mean())
+    case = f"last {queries} of {length}, {distinct:.0f} distinct keys a group"
+    flops, moved = least_work(indices)
+    backends = {"cuDNN dense": SDPBackend.CUDNN_ATTENTION, "Flash dense": SDPBackend.FLASH_ATTENTION}
+    dense = {
+        name: time_device(seen_on_average(q, k, v, backend), TIME_BUDGET_S)[0]
+        for name, backend in backends.items()
+    }
+    methods: tuple[attention.Method, ...] = ("gather", "union", "dense")
+    times = {
+        method: time_device(partial(attention.sparse_attention, q, k, v, indices, method), TIME_BUDGET_S)
+        for method in methods
+    }
+    for method in methods:
+        for name, seconds in dense.items():
+            yield Measurement(
+                f"sparse attention, {method}", case, *times[method], flops, moved, name, seconds
+            )
+    yield Measurement(
+        "sparse attention, union", case, *times["union"], flops, moved, "gather", times["gather"][0]
+    )
+    lists = time_device(lambda: [chunk.unions() for chunk in unions.chunks(indices, length)], TIME_BUDGET_S)
+    yield Measurement(
+        "lists of the union method", case, *lists, 0.0, 4.0 * indices.numel() + 8 * distinct * queries / 16
+    )
+    _, lse = attention.sparse_attention(q, k, v, indices)
+    probabilities = time_device(lambda: attention.selected_probabilities(q, k, indices, lse), TIME_BUDGET_S)
+    yield Measurement("selected probabilities", case, *probabilities, flops / 2, 8.0 * indices.numel())
+
+
+def measure_gradient(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Measurement:
+    """Forward and backward of the last queries; the least work of the backward pass is five products for the forward's two."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    towards = torch.randn_like(q)
+    attend = seen_on_average(q, k, v, SDPBackend.FLASH_ATTENTION)
+
+    def sparse() -> None:
+        out, _ = attention.sparse_attention(q, k, v, indices)
+        torch.autograd.grad(out, (q, k, v), towards)
+
+    def dense() -> None:
+        torch.autograd.grad(attend(), (q, k, v), towards.transpose(1, 2))
+
+    flops, moved = least_work(indices)
+    return Measurement(
+        "sparse attention, forward and backward", f"last {q.shape[1]} of {k.shape[1]}",
+        *time_device(sparse, TIME_BUDGET_S), 3.5 * flops, 3 * moved,
+        "Flash dense, forward and backward", time_device(dense, TIME_BUDGET_S)[0],
+    )  # fmt: skip
+
+
+def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`run` captured after a first call: launches from Python would cost more than what they launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def measure_decode(length: int) -> Iterator[Measurement]:
+    """One token of one sequence, the mean over a graph of several layers."""
+    caches = [
+        (random_tensor(1, length, GROUPS, DIM), random_tensor(1, length, GROUPS, DIM))
+        for _ in range(DECODE_LAYERS)
+    ]
+    q = random_tensor(1, 1, HEADS, DIM)
+    lists = [
+        torch.randperm(length, device="cuda")[:TOP_K].sort().values.to(torch.int32)[None, None]
+        for _ in caches
+    ]
+    out, workspace = torch.empty_like(q), decode.decode_workspace(q, caches[0][0], lists[0])
+    for (k, v), chosen in zip(caches[:2], lists, strict=False):
+        expected, _ = reference.attend_indices(q.float(), k, v, chosen)
+        check("decode", decode.decode_attention(q, k, v, chosen, out, workspace), expected)
+
+    def sparse() -> None:
+        for (k, v), chosen in zip(caches, lists, strict=True):
+            decode.decode_attention(q, k, v, chosen, out, workspace)
+
+    def dense() -> None:
+        for k, v in caches:
+            F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
+            )
+
+    seconds, spread = time_device(graph_of(sparse).replay, TIME_BUDGET_S)
+    dense_s, _ = time_device(graph_of(dense).replay, TIME_BUDGET_S)
+    flops, moved = least_work(lists[0])
+    yield Measurement(
+        "sparse decode attention", f"1 token at {length}, mean of {DECODE_LAYERS} layers",
+        seconds / DECODE_LAYERS, spread / DECODE_LAYERS, flops, moved, "dense decode", dense_s / DECODE_LAYERS,
+    )  # fmt: skip

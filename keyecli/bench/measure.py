@@ -1,0 +1,73 @@
+"""Timing on a CUDA device, and the row of figures that every benchmark yields."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Measured on one NVIDIA H200: copies counting bytes read and written, and a bf16 matrix product of 8192³.
+H200_BYTES_PER_S = 4.2e12
+H200_BF16_FLOP_PER_S = 7.5e14
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One operation at one size.
+
+    seconds: median; spread_s: difference of the quartiles. flops and bytes: the least that the operation must do, from
+    its definition. baseline, baseline_s: what it is compared with in the same run, "" and None if nothing.
+    """
+
+    operation: str
+    case: str
+    seconds: float
+    spread_s: float
+    flops: float = 0.0
+    bytes: float = 0.0
+    baseline: str = ""
+    baseline_s: float | None = None
+
+    @property
+    def floor_s(self) -> float:
+        """The larger of arithmetic and traffic at the rates of one H200."""
+        return max(self.flops / H200_BF16_FLOP_PER_S, self.bytes / H200_BYTES_PER_S)
+
+    @property
+    def ratio(self) -> float | None:
+        """This over the baseline: below one is faster."""
+        return None if self.baseline_s is None else self.seconds / self.baseline_s
+
+
+def time_device(run: Callable[[], object], budget_s: float = 0.3) -> tuple[float, float]:
+    """Median and quartile difference, in seconds, of `run` on the current CUDA device, between events.
+
+    Warms up first (compilation stays out), then repeats for about `budget_s`, at least 5 and at most 100 times, with the
+    second-level cache overwritten before each run.
+    """
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def once() -> float:
+        flush.zero_()
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    run()
+    estimate = min(once(), once())
+    repeats = max(5, min(100, int(budget_s / max(estimate, 1e-6))))
+    times = [once() for _ in range(repeats)]
+    quartiles = statistics.quantiles(times, n=4)
+    return statistics.median(times), quartiles[2] - quartiles[0]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; NaN when anything is NaN."""
+    a, e = actual.double(), expected.double()
+    return float((a - e).norm() / e.norm())
