@@ -1,0 +1,1 @@
+"""Spans and chapters as files that players, editors and programs read."""
