@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 RUNTIME := $(VENV)/.keye-runtime
 DEV := $(VENV)/.keye-dev
 
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench kernels docs clean
 
 help:
 	@echo "make demo    set up, then ask the embedded model about a clip"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code in order"
 	@echo "make bench   measure start-up and decoding on this machine"
+	@echo "make kernels compile the Triton kernels for every kind of GPU, without one"
 	@echo "make docs    write docs/cli.md from the commands' own help"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -45,6 +46,9 @@ format: $(DEV)
 
 bench: $(RUNTIME)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+kernels: $(DEV)
+	$(BIN)/python -m keyecli.kernels.compile
 
 docs: $(RUNTIME)
 	$(BIN)/python docs/generate_cli.py

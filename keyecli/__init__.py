@@ -9,12 +9,24 @@ if TYPE_CHECKING:
     from keyecli.session import Keye as Keye
     from keyecli.session import load as load
     from keyecli.tasks.ask import Answer as Answer
+    from keyecli.tasks.chapters import Chapter as Chapter
+    from keyecli.tasks.ground import Grounding as Grounding
+    from keyecli.tasks.ground import Span as Span
+    from keyecli.tasks.summarize import Summary as Summary
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "keyecli.session", "Keye": "keyecli.session", "Answer": "keyecli.tasks.ask"}
+_HOMES = {
+    "load": "keyecli.session",
+    "Keye": "keyecli.session",
+    "Answer": "keyecli.tasks.ask",
+    "Chapter": "keyecli.tasks.chapters",
+    "Grounding": "keyecli.tasks.ground",
+    "Span": "keyecli.tasks.ground",
+    "Summary": "keyecli.tasks.summarize",
+}
 
-__all__ = ["Answer", "Keye", "__version__", "load", "register"]
+__all__ = ["Answer", "Chapter", "Grounding", "Keye", "Span", "Summary", "__version__", "load", "register"]
 
 
 def register() -> None:

@@ -1,9 +1,10 @@
-"""The Python way in: `load` a model and `ask` it; `plan` tells the cost without loading weights."""
+"""The Python way in: `load` a model, then `ask`, `ground` or `summarize`; `plan` tells the cost without the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from keyecli.engine.loaded import (
     LoadedModel,
@@ -18,8 +19,19 @@ from keyecli.errors import UsageError
 from keyecli.model.checkpoint import Preprocessor
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
-from keyecli.tasks.ask import Answer, AskSettings, Inputs, OnText, ask, open_inputs, prompt_text
+from keyecli.tasks.ask import Answer, AskSettings, Input, Inputs, OnText, ask, open_inputs, prompt_text
+from keyecli.tasks.ground import Grounding, ground
 from keyecli.tasks.options import AskOptions, ask_settings
+from keyecli.tasks.search import GroundOptions, GroundSettings, SearchPlan, ground_settings, plan_search
+from keyecli.tasks.stretches import PartPlan, plan_parts
+from keyecli.tasks.summarize import (
+    Summary,
+    SummaryOptions,
+    SummarySettings,
+    summarize,
+    summary_question,
+    summary_settings,
+)
 from keyecli.video.decode import report_cut_off
 
 
@@ -97,6 +109,65 @@ class Keye:
             on_progress=on_progress,
         )
 
+    @overload
+    def ground(
+        self,
+        item: Input,
+        query: str,
+        *,
+        settings: GroundSettings | None = None,
+        on_reasoning: OnText | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[GroundOptions],
+    ) -> Grounding: ...
+    @overload
+    def ground(
+        self,
+        item: Input,
+        query: list[str] | tuple[str, ...],
+        *,
+        settings: GroundSettings | None = None,
+        on_reasoning: OnText | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[GroundOptions],
+    ) -> list[Grounding]: ...
+    def ground(
+        self,
+        item: Input,
+        query: str | list[str] | tuple[str, ...],
+        *,
+        settings: GroundSettings | None = None,
+        on_reasoning: OnText | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[GroundOptions],
+    ) -> Grounding | list[Grounding]:
+        """When something is on screen in one video, or happens: its spans, in a Grounding, with scores.
+
+        Several queries share one prefill and give a list. `options` are those of `GroundOptions`; or give `settings`
+        whole. Errors: see `keyecli.tasks.ground.ground`.
+        """
+        chosen = _ground_settings(self.preprocessor, settings, options)
+        queries = [query] if isinstance(query, str) else list(query)
+        found = ground(self.loaded, item, queries, chosen, on_reasoning=on_reasoning, on_progress=on_progress)
+        return found[0] if isinstance(query, str) else found
+
+    def summarize(
+        self,
+        item: Input,
+        *,
+        settings: SummarySettings | None = None,
+        on_reasoning: OnText | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[SummaryOptions],
+    ) -> Summary:
+        """Summarise one video: prose, timed events, chapters.
+
+        `options` are those of `SummaryOptions`; or give `settings` whole. Errors: see
+        `keyecli.tasks.summarize.summarize`.
+        """
+        chosen = _summary_settings(self.preprocessor, settings, options)
+        return summarize(self.loaded, item, chosen, on_reasoning=on_reasoning, on_progress=on_progress)
+
     def plan(
         self,
         inputs: Inputs,
@@ -153,6 +224,53 @@ def plan(
     return _plan(files, inputs, question, chosen, weights_loaded=False)
 
 
+def plan_ground(
+    item: Input,
+    queries: Sequence[str],
+    *,
+    model: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    offline: bool = True,
+    settings: GroundSettings | None = None,
+    **options: Unpack[GroundOptions],
+) -> SearchPlan:
+    """Where one video will be searched and what each look takes; no weights are loaded.
+
+    `SearchPlan.check()` refuses what does not fit the context or the device. A KeyeWarning says where a cut-off file
+    ends.
+    """
+    _require_offline(offline)
+    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    planned = plan_search(files, item, queries, _ground_settings(files.preprocessor, settings, options))
+    report_cut_off(planned.info)
+    return planned
+
+
+def plan_summary(
+    item: Input,
+    *,
+    model: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    offline: bool = True,
+    settings: SummarySettings | None = None,
+    **options: Unpack[SummaryOptions],
+) -> list[PartPlan]:
+    """What a summary of one video will take, one plan for each part that it is looked at in; no weights are loaded.
+
+    A KeyeWarning says where a cut-off file ends, and which options the model's own prompt has no place for.
+    """
+    _require_offline(offline)
+    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    chosen = _summary_settings(files.preprocessor, settings, options)
+    parts = plan_parts(files, item, chosen.ask, summary_question(files, chosen))
+    report_cut_off(parts[0].input.info)
+    return parts
+
+
 def _plan(
     files: ModelFiles, inputs: Inputs, question: str, settings: AskSettings, *, weights_loaded: bool
 ) -> RunPlan:
@@ -175,6 +293,26 @@ def _plan(
 def _settings(preprocessor: Preprocessor, settings: AskSettings | None, options: AskOptions) -> AskSettings:
     if settings is None:
         return ask_settings(preprocessor, **options)
+    if options:
+        raise UsageError("give either settings or single options, not both")
+    return settings
+
+
+def _ground_settings(
+    preprocessor: Preprocessor, settings: GroundSettings | None, options: GroundOptions
+) -> GroundSettings:
+    if settings is None:
+        return ground_settings(preprocessor, **options)
+    if options:
+        raise UsageError("give either settings or single options, not both")
+    return settings
+
+
+def _summary_settings(
+    preprocessor: Preprocessor, settings: SummarySettings | None, options: SummaryOptions
+) -> SummarySettings:
+    if settings is None:
+        return summary_settings(preprocessor, **options)
     if options:
         raise UsageError("give either settings or single options, not both")
     return settings

@@ -1,7 +1,8 @@
 """Measure keye-nano on held-out forged clips: `python examples/nano/evaluate.py --clips 100`.
 
 Forges clips from seeds that training never drew, as H.264 files, and asks every question through the same decoding,
-layout and generation as `keye ask`; all questions about a clip share one prefill. Prints the tables of the model's card.
+layout and generation as `keye ask`, those for times as `keye ground`; all questions about a clip share one prefill.
+Prints the tables of the model's card.
 """
 
 from __future__ import annotations
@@ -11,24 +12,20 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import keyecli
-from keyecli.engine.generate import GenerationSettings, generate, stop_token_ids
+from keyecli.engine.generate import GenerationSettings
+from keyecli.engine.grammar import SpanConstraint, SpanRange
 from keyecli.engine.plan import plan_inputs
-from keyecli.engine.stream import cache_tokens, prefill_stream, visual_of
+from keyecli.engine.shared import SharedPrefix, question_tokens
 from keyecli.forge import SceneOptions
 from keyecli.forge.write import write_dataset
-from keyecli.model.cache import KeyeCache
-from keyecli.model.prompt import Prompt, Visual, build_prompt
 from keyecli.tasks.options import ask_settings
-from keyecli.tasks.parse import split_answer
 from keyecli.tasks.spans import parse_spans, temporal_iou
 from keyecli.video.source import probe
 
@@ -47,6 +44,7 @@ class Condition:
     max_tokens: int | None = None  # merged tokens a frame
     think: bool = True
     mode: str = "sparse"
+    constrained: bool = True  # grounding can be answered with nothing but a list of spans
 
 
 CONDITIONS = (
@@ -58,6 +56,7 @@ CONDITIONS = (
     Condition("4 frames a second", fps=4.0),
     Condition("clips of 800x600", size=(800, 600)),
     Condition("frames of up to 36 tokens", max_tokens=36),
+    Condition("grounding unconstrained", constrained=False),
 )
 
 
@@ -111,45 +110,42 @@ def summary_lines(text: str) -> list[tuple[tuple[float, float], str]]:
     return lines
 
 
-@torch.inference_mode()
-def answers(keye: keyecli.Keye, clip: Path, questions: list[str], condition: Condition) -> Iterator[str]:
-    """Answers to questions about one clip, which is decoded and prefilled once."""
-    loaded = keye.loaded
-    settings = ask_settings(loaded.preprocessor, fps=condition.fps)
-    sampling = settings.sampling
+def answers(
+    keye: keyecli.Keye, clip: Path, rows: Sequence[dict[str, Any]], condition: Condition
+) -> Iterator[str]:
+    """Answers to the questions of `rows` about one clip, which is decoded and prefilled once."""
+    loaded, info = keye.loaded, probe(clip)
+    sampling = ask_settings(loaded.preprocessor, fps=condition.fps).sampling
     if condition.max_tokens:
         sampling = replace(sampling, budget=replace(sampling.budget, max_tokens=condition.max_tokens))
-    inputs = plan_inputs([probe(clip)], sampling)
-
-    def lay_out(question: str, visuals: Any) -> Prompt:
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        return build_prompt(loaded.tokenizer, loaded.config, messages, visuals, think=condition.think)
-
-    first = lay_out(questions[0], [visual_of(item) for item in inputs])
-    cache = KeyeCache(
-        loaded.config, cache_tokens(inputs, len(first.input_ids)) + 64 + ANSWER_TOKENS, device=loaded.device
+    plans = plan_inputs([info], sampling)
+    questions = [row["question"] for row in rows]
+    prefix = SharedPrefix.prefill(
+        loaded,
+        plans,
+        question_room_tokens=question_tokens(loaded, plans, questions),
+        answer_tokens=ANSWER_TOKENS,
+        think=condition.think,
     )
-    prefilled = prefill_stream(loaded, inputs, lambda visuals: lay_out(questions[0], visuals), cache)
-    came = tuple(float(value) for value in prefilled.times_s[0])
-    visual = Visual("video", visual_of(inputs[0]).grid, came)
-    shared = int((prefilled.prompt.input_ids == loaded.config.vision_end_token_id).nonzero()[-1]) + 1
-    for question in questions:
-        prompt = lay_out(question, [visual])
-        cache.truncate(shared)
-        ids = prompt.input_ids[shared:].to(loaded.device)[None]
-        positions = prompt.position_ids[:, shared:].to(loaded.device)[:, None]
-        hidden = loaded.model.decode(loaded.model.embed(ids), positions, cache)[:, -1:]
-        generation = generate(
-            loaded.model,
+
+    def spans_only(max_tokens: int, thinking_open: bool) -> SpanConstraint:
+        return SpanConstraint(
             loaded.tokenizer,
-            cache,
-            hidden,
-            prompt.next_position,
-            GenerationSettings(max_tokens=ANSWER_TOKENS),
-            stop_ids=stop_token_ids(loaded.config, loaded.tokenizer, loaded.generation_config),
+            SpanRange.of_seconds(float(info.duration_s)),
+            max_tokens=max_tokens,
+            answer_tokens=max_tokens // 2,
+            thinking_open=thinking_open,
+            think=condition.think,
         )
-        yield split_answer(generation.text, prompt.thinking_open)[1]
+
+    for row in rows:
+        constrained = condition.constrained and row["task"] in GROUNDING
+        answer = prefix.answer(
+            row["question"],
+            GenerationSettings(max_tokens=ANSWER_TOKENS),
+            constraint=spans_only if constrained else None,
+        )
+        yield answer.text
 
 
 @contextmanager
@@ -186,8 +182,7 @@ def grade_all(keye: keyecli.Keye, folder: Path, condition: Condition) -> list[Gr
     graded = []
     with attention_mode(keye, condition.mode):
         for video, rows in rows_by_clip.items():
-            questions = [row["question"] for row in rows]
-            for row, given in zip(rows, answers(keye, folder / video, questions, condition), strict=True):
+            for row, given in zip(rows, answers(keye, folder / video, rows, condition), strict=True):
                 graded.append(grade(row, given))
     return graded
 

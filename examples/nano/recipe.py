@@ -33,6 +33,17 @@ MEAN = STD = (0.5, 0.5, 0.5)
 BUDGET = FrameBudget(min_tokens=16, max_tokens=24, total_tokens=3072, image_min_tokens=4, image_max_tokens=64)
 FPS = 2.0
 
+# How keye's tasks ask it: in words that it was trained on. The first pattern that a query matches chooses its question.
+LONGEST_CLIP_S = 60.0
+PROMPTS = {
+    "ground": [
+        [r"\b(moves? (left|right|up|down)|spins?)$", "Find every time the {query}."],
+        ["", "Find every time the {query} is on screen."],
+    ],
+    "summarize": "Summarise the video with times.",
+    "longest_clip_s": LONGEST_CLIP_S,
+}
+
 # Seeds of clips: the tokenizer's text, training and everything held out never meet.
 TOKENIZER_SEEDS = range(900_000_000, 900_002_000)
 FIRST_TRAINING_SEED = 1_000_000_000
@@ -118,7 +129,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def write_tokenizer_files(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json and generation_config.json."""
+    """The tokenizer's files and the chat template, the preprocessor's and the generation settings, and the prompts."""
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(
@@ -133,6 +144,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path) -> None:
     )
     write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.token_to_id("<|im_end|>")})
     write_json(folder / "preprocessor_config.json", preprocessor_settings())
+    write_json(folder / "keye_prompts.json", PROMPTS)
 
 
 def preprocessor_settings() -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class Measurement:
     def floor_s(self) -> float:
         """The larger of arithmetic and traffic at the rates of one H200."""
         return max(self.flops / H200_BF16_FLOP_PER_S, self.bytes / H200_BYTES_PER_S)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain data, schema keye.bench/1."""
+        return {"schema": "keye.bench/1", **asdict(self), "floor_s": self.floor_s, "ratio": self.ratio}
 
     @property
     def ratio(self) -> float | None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 COMMANDS = {
     "ask": "Answer a question about videos and images.",
+    "ground": "Find when something happens in a video.",
+    "summarize": "Summarise videos, with timed chapters.",
     "plan": "Show frames, tokens and memory before anything runs.",
+    "scenes": "Find the shots of a video, without a model.",
     "forge": "Write synthetic clips with exact ground truth.",
+    "bench": "Measure the kernels on this machine's GPU.",
 }
 """Command → its line in `keye --help`. Its function stands under its name in the module of its name."""

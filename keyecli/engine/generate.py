@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,11 +46,30 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated: `token_ids` without the stop token, their text, and why it ended."""
+    """What was generated: `token_ids` without the stop token, their text, and why it ended.
+
+    `log_probabilities`: natural logarithm of each token's probability under the model alone, at temperature 1,
+    whatever a constraint left of the choice.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     stop_reason: StopReason
+    log_probabilities: tuple[float, ...]
+
+
+class Constraint(Protocol):
+    """Decides, token by token, what an answer may be; one object for one answer."""
+
+    def allowed(self) -> Sequence[int] | None:
+        """The ids that may come next, ascending: none when the answer is complete, None for all but stop tokens."""
+
+    def accept(self, token_id: int, log_probabilities: Tensor | None) -> None:
+        """The token that was chosen.
+
+        `log_probabilities`: those of the allowed ids, in their order, scaled so that they sum to one; None where
+        any token was allowed.
+        """
 
 
 class Sampler:
@@ -65,6 +84,10 @@ class Sampler:
         if self.banned_ids:
             logits = logits.clone()
             logits[self.banned_ids] = float("-inf")
+        return self.draw(logits)
+
+    def draw(self, logits: Tensor) -> int:
+        """The same for logits [any size] of which none is banned; returns an index."""
         if self.settings.temperature == 0:
             return int(logits.argmax())
         probabilities = (logits.double() / self.settings.temperature).softmax(-1).cpu()
@@ -159,38 +182,56 @@ def generate(
     settings: GenerationSettings,
     *,
     stop_ids: Collection[int],
+    constraint: Constraint | None = None,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Continue a prefilled prompt until a stop token or `settings.max_tokens` tokens.
+    """Continue a prefilled prompt until a stop token, a complete constraint or `settings.max_tokens` tokens.
 
     hidden: [1, 1, D], the last prompt token's state as `model.decode` gave it; `next_position`: the
     position, on all three axes, of the first generated token. `on_text` gets each piece of text, `on_token`
     the number of tokens so far. The cache needs room for `max_tokens - 1` more tokens: the last one is
     never fed back.
     """
-    sampler = Sampler(settings, placeholder_ids(model.config))
+    banned = placeholder_ids(model.config)
+    # Under a constraint the answer ends when it is complete, never by a stop token.
+    sampler = Sampler(settings, banned if constraint is None else banned | frozenset(stop_ids))
     stream = TextStream(tokenizer, hidden_token_ids(tokenizer))
     device = hidden.device
     token_ids: list[int] = []
+    log_probabilities: list[float] = []
     stop_reason: StopReason = "length"
 
     def say(piece: str) -> None:
         if piece and on_text:
             on_text(piece)
 
-    while len(token_ids) < settings.max_tokens:
+    while True:
+        allowed = None if constraint is None else constraint.allowed()
+        if allowed is not None and not len(allowed):
+            stop_reason = "stop"
+            break
+        if len(token_ids) == settings.max_tokens:
+            break
         if token_ids:
             ids = torch.tensor([[token_ids[-1]]], device=device)
             position = torch.full((3, 1, 1), next_position + len(token_ids) - 1, device=device)
             hidden = model.decode(model.embed(ids, None), position, cache)
-        token_id = sampler.pick(model.logits(hidden[0, -1]))
-        if token_id in stop_ids:
+        logits = model.logits(hidden[0, -1])
+        if allowed is None:
+            token_id = sampler.pick(logits)
+        else:
+            token_id = allowed[sampler.draw(logits[list(allowed)])]
+        if constraint is not None:
+            shares = None if allowed is None else logits[list(allowed)].double().log_softmax(-1)
+            constraint.accept(token_id, shares)
+        elif token_id in stop_ids:
             stop_reason = "stop"
             break
         token_ids.append(token_id)
+        log_probabilities.append(float(logits[token_id] - logits.logsumexp(-1)))
         say(stream.add(token_id))
         if on_token:
             on_token(len(token_ids))
     say(stream.finish())
-    return Generation(tuple(token_ids), stream.text, stop_reason)
+    return Generation(tuple(token_ids), stream.text, stop_reason, tuple(log_probabilities))

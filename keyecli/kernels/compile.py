@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that is not there: `python -m keyecli.kernels.compile MODULE 80 90`.
+"""Compile kernels for a GPU that is not there: `python -m keyecli.kernels.compile decode 80 90`.
 
 Finds what only a compiler finds (types, layouts, shared memory, spilled registers) without a device of that kind.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+MODULES = ("indexer", "selection", "unions", "attention", "decode", "experts", "vision")
 # The most shared memory that one block may ask for, in bytes, by compute capability.
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 
@@ -79,24 +80,31 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Compile every case of a module for the given capabilities; one line each, 1 if any failed."""
-    module = importlib.import_module(arguments[0])
+    """Compile the cases of the named modules for the given capabilities, all for all by default; 1 if any failed."""
+    capabilities = [int(text) for text in arguments if text.isdigit()] or list(SHARED_LIMIT_BYTES)
+    modules = [text for text in arguments if not text.isdigit()] or MODULES
     failed = 0
-    for capability in (int(text) for text in arguments[1:]):
-        for case in module.compile_cases(capability):
-            try:
-                made = compile_case(case, capability)
-            except Exception as error:
-                failed += 1
-                print(f"sm_{capability} {case.name}: {type(error).__name__}: {error}")
-                continue
-            too_much = made.shared_bytes > SHARED_LIMIT_BYTES[capability]
-            failed += too_much
-            print(
-                f"sm_{capability} {case.name}: {made.shared_bytes} bytes shared{' (TOO MUCH)' if too_much else ''}, "
-                f"{made.registers} registers, {made.spilled_bytes} bytes of stack"
-            )
+    for capability in capabilities:
+        for module in modules:
+            for case in importlib.import_module(f"keyecli.kernels.{module}").compile_cases(capability):
+                failed += not report_case(case, capability)
     return 1 if failed else 0
+
+
+def report_case(case: CompileCase, capability: int) -> bool:
+    """Print what the compiler made of one case; False when it failed or needs more shared memory than there is."""
+    try:
+        made = compile_case(case, capability)
+    except Exception as error:
+        print(f"sm_{capability} {case.name}: {type(error).__name__}: {error}", flush=True)
+        return False
+    fits = made.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+    print(
+        f"sm_{capability} {case.name}: {made.shared_bytes} bytes shared{'' if fits else ' (TOO MUCH)'}, "
+        f"{made.registers} registers, {made.spilled_bytes} bytes of stack",
+        flush=True,
+    )
+    return fits
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ B batch, T new tokens, S all tokens so far, H query heads, G key/value heads, d 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,9 @@ from keyecli.model.rope import rotate_half_split
 AttentionMode = Literal["sparse", "dense"]
 # The indexer's queries [B, T, J, e], gates [B, T, J] and keys [B, S, e].
 IndexerOutput = tuple[Tensor, Tensor, Tensor]
+# Is shown what a layer attends with: its number, q [B, T, H, d], k and v [B, S, G, d], and the indexer's output, None where
+# nothing is selected and so every visible key is attended to.
+AttentionObserver = Callable[[int, Tensor, Tensor, Tensor, IndexerOutput | None], None]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class SparseAttention(nn.Module):
         self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.observer: AttentionObserver | None = None
         sparse = config.sa_config or {"topk": 0, "q_chunk_size": 512}
         self.top_k: int = sparse["topk"]
         self.query_chunk: int = sparse["q_chunk_size"]
@@ -82,6 +87,8 @@ class SparseAttention(nn.Module):
 
         # While everything visible fits into the selection, sparse and dense are the same function.
         selects = context.mode == "sparse" and k.shape[1] > self.top_k
+        if self.observer is not None:
+            self.observer(self.layer, q, k, v, index if selects else None)
         if index is not None and (selects or context.teach_indexer):
             attended, divergence = self._chunked(q, k, v, index, context)
         else:

@@ -242,11 +242,17 @@ def open_inputs(inputs: Inputs, settings: AskSettings) -> list[VideoInfo]:
 
 
 def prompt_text(
-    question: str, plans: Sequence[InputPlan], settings: AskSettings, tokenizer: Any = None
+    question: str,
+    plans: Sequence[InputPlan],
+    settings: AskSettings,
+    tokenizer: Any = None,
+    *,
+    origin_s: Fraction = Fraction(0),
 ) -> str:
     """What stands behind the visuals: the subtitles of the sampled span, if any, then the question.
 
-    With a tokenizer, subtitles lose the words that it reserves.
+    With a tokenizer, subtitles lose the words that it reserves. Their times count from `origin_s`, and a line that
+    is on screen there begins at 0.0.
     """
     if settings.subtitles is None:
         return question
@@ -255,7 +261,8 @@ def prompt_text(
         raise UsageError(f"--subtitles goes with exactly one video, and {len(videos)} were given")
     begin, end = videos[0].sampling.times_s[0], videos[0].sampling.times_s[-1]
     lines = [
-        f"[{float(cue.start_s):.1f} - {float(cue.end_s):.1f}] {' '.join(cue.text.split())}"
+        f"[{float(max(Fraction(0), cue.start_s - origin_s)):.1f} - {float(cue.end_s - origin_s):.1f}] "
+        f"{' '.join(cue.text.split())}"
         for cue in read_subtitles(settings.subtitles)
         if cue.start_s <= end and cue.end_s >= begin and cue.text.strip()
     ]

@@ -72,7 +72,7 @@ def test_completion_imports_nothing_heavy(isolated: dict[str, str]) -> None:
         "main()"
     )
     for words, index, expected in (
-        ("keye ", "1", "ask\nplan\nforge"),
+        ("keye ", "1", "ask\nground\nsummarize\nplan\nscenes\nforge\nbench"),
         ("keye ask --max-t", "2", "--max-tokens"),
     ):
         environment = isolated | {"_KEYE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": index}
@@ -115,7 +115,7 @@ def test_every_command_has_an_opening_sentence_and_options_with_help(command: st
 
 ONE_SENTENCE = {
     "aks": "keye: there is no command aks; did you mean ask?\n",
-    "dance": "keye: there is no command dance; there are ask, plan, forge\n",
+    "dance": "keye: there is no command dance; there are ask, ground, summarize, plan, scenes, forge, bench\n",
     "ask": 'keye: nothing to look at: give a video and a question, as in `keye ask clip.mp4 "What happens?"`\n',
     "ask clip.mp4": 'keye: no question after clip.mp4: give one, as in `keye ask clip.mp4 "What happens?"`\n',
     "plan": "keye: nothing to look at: give at least one video, as in `keye plan clip.mp4`\n",
