@@ -78,8 +78,9 @@ def chapters_of(
 def joined_parts(parts: Sequence[Sequence[Event]], borders_s: Sequence[float]) -> list[Event]:
     """The events of a clip that was looked at in parts, `borders_s` between them, ascending.
 
-    Two events of the same title are one when they overlap, and when a border cut them in two: one ends and the other
-    begins within a second of it.
+    Two events of the same title are one when they overlap. Two that a border cut are one as well, that is when one ends
+    and the other begins within a second of it, and the title of one begins with that of the other: "red circle" and "red
+    circle moves left" are a "red circle", which is true of both.
     """
     joined: list[Event] = []
     for event in sorted(
@@ -88,20 +89,25 @@ def joined_parts(parts: Sequence[Sequence[Event]], borders_s: Sequence[float]) -
         place = next((place for place, other in enumerate(joined) if _same(other, event, borders_s)), None)
         if place is None:
             joined.append(event)
-        else:
-            other = joined[place]
-            joined[place] = replace(other, end_s=max(other.end_s, event.end_s), text=other.text or event.text)
+            continue
+        other = joined[place]
+        joined[place] = replace(
+            other,
+            end_s=max(other.end_s, event.end_s),
+            title=min(other.title, event.title, key=len),
+            text=other.text or event.text,
+        )
     return joined
 
 
 def _same(earlier: Event, later: Event, borders_s: Sequence[float]) -> bool:
-    if earlier.title != later.title:
-        return False
-    cut = any(
+    if earlier.title == later.title and later.start_s < earlier.end_s:
+        return True
+    shorter, longer = sorted((earlier.title, later.title), key=len)
+    return f"{longer} ".startswith(f"{shorter} ") and any(
         abs(earlier.end_s - border_s) <= PART_BORDER_S and abs(later.start_s - border_s) <= PART_BORDER_S
         for border_s in borders_s
     )
-    return cut or later.start_s < earlier.end_s
 
 
 def _edges(

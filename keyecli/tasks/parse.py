@@ -1,4 +1,4 @@
-"""What an answer says: its reasoning and its text, and the time spans that it names in whatever spelling."""
+"""Reasoning and answer told apart, for the tasks; `keyecli.engine.thinking` does it."""
 
 from __future__ import annotations
 

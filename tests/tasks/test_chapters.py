@@ -151,6 +151,17 @@ def test_chapters_always_cover_the_clip(events: list[Event], count: int | None, 
             [50.0, 100.0],
             [Event(45.0, 103.0, "ring")],
         ),
+        # One part saw more of it than the other.
+        (
+            [[Event(40.0, 50.0, "ring")], [Event(50.0, 62.0, "ring spins")], []],
+            [50.0, 62.0],
+            [Event(40.0, 62.0, "ring")],
+        ),
+        (
+            [[Event(40.0, 50.0, "ring spins")], [Event(50.0, 62.0, "ring")], [Event(62.0, 63.0, "rings")]],
+            [50.0, 62.0],
+            [Event(40.0, 62.0, "ring"), Event(62.0, 63.0, "rings")],
+        ),
         # Something else, or the same again later, is not the same event.
         (
             [[Event(40.0, 50.0, "ring")], [Event(50.0, 62.0, "star")]],
