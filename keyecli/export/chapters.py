@@ -40,13 +40,13 @@ def youtube(timelines: Sequence[Timeline], options: ExportOptions) -> str:
         chapters.insert(0, (0, _INTRO))
     if len(chapters) < YOUTUBE_CHAPTERS:
         raise UsageError(
-            f"YouTube wants {YOUTUBE_CHAPTERS} chapters or more, and {timeline.path} has {len(chapters)}: "
+            f"chapters for YouTube must be {YOUTUBE_CHAPTERS} or more, and {timeline.path} has {len(chapters)}: "
             "write another format"
         )
     for (start, title), (end, _) in pairwise([*chapters, (_whole_second(timeline.duration_s), "")]):
         if end - start < YOUTUBE_SECONDS:
             raise UsageError(
-                f"YouTube wants chapters of {YOUTUBE_SECONDS} s or more, and {title!r} of {timeline.path} lasts "
+                f"chapters for YouTube must last {YOUTUBE_SECONDS} s or more, and {title!r} of {timeline.path} lasts "
                 f"from {_clock(start)} to {_clock(end)}: keep fewer chapters, or write another format"
             )
     return "".join(f"{_clock(start)} {title}\n" for start, title in chapters)

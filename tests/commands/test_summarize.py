@@ -157,7 +157,7 @@ def test_chapters_for_youtube_are_long_enough(keye: Keye, movie: Path, folder: P
     code, out, err = keye("summarize", str(movie), "-f", "chapters", "-f", "html", "-o", "out/", "-q")
     assert code == 2
     assert out == "It rains.\n\n0:00:00.000 - 0:00:20.000 rain\n0:00:20.000 - 0:00:40.000 sun\n"
-    assert "YouTube wants 3 chapters or more" in err
+    assert "chapters for YouTube must be 3 or more" in err
     assert not (folder / "out").exists()
 
 

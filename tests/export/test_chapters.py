@@ -190,9 +190,9 @@ class TestYouTube:
     @pytest.mark.parametrize(
         ("segments", "said"),
         [
-            ([], "wants 3 chapters or more, and /clips/my clip.mp4 has 0"),
-            (starts(0, 20), "wants 3 chapters or more, and /clips/my clip.mp4 has 2"),
-            (starts(15), "wants 3 chapters or more, and /clips/my clip.mp4 has 2"),
+            ([], "must be 3 or more, and /clips/my clip.mp4 has 0"),
+            (starts(0, 20), "must be 3 or more, and /clips/my clip.mp4 has 2"),
+            (starts(15), "must be 3 or more, and /clips/my clip.mp4 has 2"),
             (starts(0, 9, 30), "'chapter 0' of /clips/my clip.mp4 lasts from 0:00 to 0:09"),
             (starts(0, 20, 20), "'chapter 1' of /clips/my clip.mp4 lasts from 0:20 to 0:20"),
             (starts(5, 20, 30), "'Intro' of /clips/my clip.mp4 lasts from 0:00 to 0:05"),

@@ -121,7 +121,7 @@ def test_several_clips_do_not_fit_one_subtitle_file(folder: Path, clip: Timeline
 def test_a_format_that_fails_leaves_nothing(folder: Path, variable: Timeline, clip: Timeline) -> None:
     with pytest.raises(UsageError, match="variable frame rate"):
         write_outputs([clip, variable], ["srt", "edl"], "out/")
-    with pytest.raises(UsageError, match="YouTube wants 3 chapters"):
+    with pytest.raises(UsageError, match="chapters for YouTube must be 3 or more"):
         write_outputs([make_timeline(shown(["a"]))], ["srt", "chapters"], "out/")
     assert names(folder) == []
 
