@@ -41,6 +41,10 @@ class ModelError(KeyeError):
     exit_code = ExitCode.MODEL
 
 
+class KernelError(KeyeError):
+    """A kernel that cannot be compiled for this machine's GPU; the message names both."""
+
+
 class MemoryLimitError(KeyeError):
     """Not enough memory; the message says what was needed, what there is and what to change."""
 

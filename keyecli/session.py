@@ -186,6 +186,7 @@ def load(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     on_progress: OnProgress | None = None,
@@ -193,11 +194,12 @@ def load(
     """Load a model: a folder, a hub name in the local Hugging Face cache, no argument for the embedded nano.
 
     device: "cpu", "cuda" or "cuda:N" (default: cuda where there is one); dtype: "bf16", "fp16" or "fp32"
-    (default: bf16 on cuda, else fp32). ModelError: no such model, or a damaged one; MemoryLimitError: no
-    room for the weights.
+    (default: bf16 on cuda, else fp32); kernels: "triton" or "reference", the definitions in PyTorch (default:
+    triton on cuda, else reference). ModelError: no such model, or a damaged one; MemoryLimitError: no room for
+    the weights. A kernel that does not compile for the card is a KernelError when it is first run.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
     return Keye(load_weights(files, on_progress=on_progress))
 
 
@@ -208,6 +210,7 @@ def plan(
     model: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     settings: AskSettings | None = None,
@@ -219,7 +222,7 @@ def plan(
     file ends.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
     chosen = _settings(files.preprocessor, settings, options)
     return _plan(files, inputs, question, chosen, weights_loaded=False)
 
@@ -231,6 +234,7 @@ def plan_ground(
     model: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     settings: GroundSettings | None = None,
@@ -242,7 +246,7 @@ def plan_ground(
     ends.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
     planned = plan_search(files, item, queries, _ground_settings(files.preprocessor, settings, options))
     report_cut_off(planned.info)
     return planned
@@ -254,6 +258,7 @@ def plan_summary(
     model: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     settings: SummarySettings | None = None,
@@ -264,7 +269,7 @@ def plan_summary(
     A KeyeWarning says where a cut-off file ends, and which options the model's own prompt has no place for.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, revision=revision)
+    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
     chosen = _summary_settings(files.preprocessor, settings, options)
     parts = plan_parts(files, item, chosen.ask, summary_question(files, chosen))
     report_cut_off(parts[0].input.info)
@@ -283,6 +288,7 @@ def _plan(
         model=files.name,
         device=files.device,
         dtype=files.dtype,
+        kernels=files.kernels,
         max_tokens=settings.generation.max_tokens,
         text=prompt_text(question, inputs_planned, settings),
         free_bytes=free_memory_bytes(files.device),

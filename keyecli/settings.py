@@ -21,6 +21,7 @@ TOKEN_PIXELS = 28 * 28  # of a merged token
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 DTYPES = ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
+KERNELS = ("auto", "reference", "triton")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
@@ -34,6 +35,7 @@ class Settings:
     offline: bool = True
     device: str | None = None
     dtype: str | None = None
+    kernels: str | None = None
     fps: float | None = None
     max_frames: int | None = None
     max_tokens_video: int | None = None
@@ -68,6 +70,7 @@ class Settings:
         self._require("fps", lambda value: 0 < value < float("inf"), "above 0")
         self._require("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._require("dtype", lambda value: value.lower() in DTYPES, "auto, bf16, fp16 or fp32")
+        self._require("kernels", KERNELS.__contains__, "auto, reference or triton")
         self._require("device", _DEVICE.fullmatch, "auto, cpu, cuda or cuda:N")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise UsageError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")

@@ -142,6 +142,7 @@ def test_a_config_that_is_a_folder() -> None:
         ({"top_p": 1.1}, "--top-p must be above 0 and at most 1"),
         ({"seed": -1}, "--seed must be 0 or above"),
         ({"dtype": "int8"}, "--dtype must be auto"),
+        ({"kernels": "cuda"}, "--kernels must be auto, reference or triton"),
         ({"device": "tpu"}, "--device must be auto"),
         ({"min_pixels": 2000, "max_pixels": 1000}, "--min-pixels 2000 is above --max-pixels 1000"),
     ],

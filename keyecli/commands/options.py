@@ -69,6 +69,9 @@ MODEL = {
         "Model", "DEVICE", "--device", help="cpu, cuda or cuda:N. Default: cuda where it exists."
     ),
     "dtype": _text("Model", "DTYPE", "--dtype", help="bf16, fp16 or fp32. Default: bf16 on cuda, else fp32."),
+    "kernels": _text(
+        "Model", "KIND", "--kernels", help="triton, or reference: plain PyTorch. Default: triton on cuda."
+    ),
 }
 
 FRAMES = {

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from keyecli.kernels import reference
+from keyecli.kernels import dispatch, reference
 from keyecli.model.attention import IndexerOutput, SparseAttention
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 
@@ -88,7 +88,7 @@ def record_attention(model: KeyeVL2ForConditionalGeneration) -> Iterator[Attenti
 
 
 class _LayerObserver:
-    """Works out one layer's contributions from what it attends with; defined by `reference`, whatever computes the layer."""
+    """Works out one layer's contributions from what it attends with."""
 
     def __init__(self, record: AttentionRecord, module: SparseAttention) -> None:
         self._record = record
@@ -113,9 +113,9 @@ class _LayerObserver:
         if index is None:
             return torch.arange(keys, device=self._output_gram.device)
         q, gates, index_k = index
-        scores = reference.index_scores(q[:, -1:], gates[:, -1:], index_k)
-        visible = torch.ones_like(scores, dtype=torch.bool)
-        return reference.select_top_k(scores, visible, self._module.top_k)[0, 0].nonzero()[:, 0]
+        top_k, backend = self._module.top_k, self._module.backend
+        # More keys than are selected, and the last query sees them all: its list is full.
+        return dispatch.select_keys(q[:, -1:], gates[:, -1:], index_k, top_k, backend=backend)[0, 0].long()
 
     def _lengths(self, v: Tensor) -> Tensor:
         """‖W_O v‖ for values [keys, G, d]: fp32 [H, keys], as the square root of v · (W_O W_Oᵀ) v."""

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from keyecli.engine.plan import DTYPE_BYTES, gib, parameter_count
 from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
+from keyecli.kernels.dispatch import Backend, has_triton, interprets
 from keyecli.model.checkpoint import (
     Preprocessor,
     load_config,
@@ -49,6 +50,7 @@ class ModelFiles:
     preprocessor: Preprocessor
     device: str
     dtype: str
+    kernels: Backend
 
     @property
     def is_nano(self) -> bool:
@@ -71,11 +73,13 @@ def open_model(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: str | None = None,
     revision: str | None = None,
 ) -> ModelFiles:
     """Find a model (a folder, a hub name in the local cache, None: embedded nano) and read its small files.
 
-    Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32. ModelError, UsageError.
+    Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32; kernels: triton on cuda, else reference.
+    ModelError, UsageError. A KeyeWarning says when there is a GPU and no Triton.
     """
     folder = resolve_model(None if model is None else str(model), revision)
     chosen = choose_device(device)
@@ -86,6 +90,7 @@ def open_model(
         preprocessor=load_preprocessor(folder),
         device=chosen,
         dtype=choose_dtype(dtype, chosen),
+        kernels=choose_kernels(kernels, chosen),
     )
 
 
@@ -111,6 +116,7 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
         model = load_model(
             files.folder, device=files.device, dtype=torch_dtype(files.dtype), on_progress=report
         )
+    model.set_kernel_backend(files.kernels)
     if files.preprocessor.assumed:
         assumed = " and ".join(files.preprocessor.assumed)
         message = f"the preprocessor of {files.name} gives no {assumed}: 0.5 is used for each channel"
@@ -149,6 +155,31 @@ def choose_dtype(dtype: str | None, device: str) -> str:
     if spelling is None:
         raise UsageError(f"--dtype {dtype} is not known; use bf16, fp16 or fp32")
     return spelling
+
+
+def choose_kernels(kernels: str | None, device: str) -> Backend:
+    """What computes: triton on a GPU, unless the definitions are asked for; UsageError for Triton without a GPU or without
+    Triton. Triton's interpreter, which needs no GPU, counts as one."""
+    if kernels not in (None, "auto", "reference", "triton"):
+        raise UsageError(f"--kernels {kernels} is not known; use reference or triton")
+    on_gpu = device.startswith("cuda")
+    if kernels == "reference" or (kernels != "triton" and not on_gpu):
+        return "reference"
+    if has_triton():
+        if on_gpu or interprets():
+            return "triton"
+        raise UsageError(
+            f"--kernels triton runs on an NVIDIA GPU, and the device is {device}: leave the option out"
+        )
+    if kernels == "triton":
+        raise UsageError(
+            "--kernels triton needs the package triton, which is not installed: pip install triton"
+        )
+    message = (
+        "the package triton is not installed: the definitions in PyTorch compute, slowly and with more memory"
+    )
+    warnings.warn(message, KeyeWarning, stacklevel=2)
+    return "reference"
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -15,6 +15,7 @@ from keyecli.video.sampling import TOKEN_SIDE_PX, SamplingPlan, SamplingSettings
 from keyecli.video.source import VideoInfo
 
 if TYPE_CHECKING:
+    from keyecli.kernels.dispatch import Backend
     from keyecli.model.config import KeyeVL2Config
 
 ENCODE_GROUP_PATCHES = 8192
@@ -33,6 +34,8 @@ DENSE_QUERY_CHUNK = 512
 # Up to this many keys for each selected one, attention computes all keys under a mask: scores, masked, weights.
 MASKED_KEYS_PER_SELECTED = 8
 MASKED_COPIES = 3
+# The larger of what the Triton kernels allow themselves: scores of a selection, or bitmaps and lists of the attention.
+KERNEL_WORKSPACE_BYTES = 2**30
 GIB = 2**30
 
 
@@ -215,6 +218,7 @@ def plan_run(
     model: str,
     device: str,
     dtype: str,
+    kernels: Backend,
     max_tokens: int,
     text: str = "",
     prompt_tokens: int | None = None,
@@ -239,7 +243,7 @@ def plan_run(
         cache_bytes=total * cache_bytes_per_token(config, width),
         workspace_bytes=max(
             encode_workspace_bytes(config, frame_patches, width),
-            prefill_workspace_bytes(config, total, width, device),
+            prefill_workspace_bytes(config, total, width, device, kernels),
         ),
     )
     return RunPlan(
@@ -284,8 +288,10 @@ def encode_workspace_bytes(config: KeyeVL2Config, patches_per_frame: int, dtype_
     return group * (pixels * FP32_BYTES + widest * dtype_bytes)
 
 
-def prefill_workspace_bytes(config: KeyeVL2Config, tokens: int, dtype_bytes: int, device: str) -> int:
-    """One chunk of the prompt in the decoder: activations, selection, masked attention, one token's logits."""
+def prefill_workspace_bytes(
+    config: KeyeVL2Config, tokens: int, dtype_bytes: int, device: str, kernels: Backend
+) -> int:
+    """One chunk of the prompt in the decoder: activations, selection, attention, one token's logits."""
     chunk = min(PREFILL_CHUNK_TOKENS, tokens)
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     if config.num_experts:
@@ -293,6 +299,9 @@ def prefill_workspace_bytes(config: KeyeVL2Config, tokens: int, dtype_bytes: int
     else:
         routed = 4 * config.intermediate_size
     activations = chunk * (4 * config.hidden_size + heads + routed) * dtype_bytes
+    logits = config.vocab_size * FP32_BYTES
+    if kernels == "triton" and config.sa_config is not None:
+        return activations + KERNEL_WORKSPACE_BYTES + logits
     if config.sa_config is None:
         queries, masked_keys, selection = min(DENSE_QUERY_CHUNK, chunk), tokens, 0
     else:
@@ -302,7 +311,7 @@ def prefill_workspace_bytes(config: KeyeVL2Config, tokens: int, dtype_bytes: int
     # Under a mask, PyTorch's fused attention for the CPU keeps no scores; on a GPU grouped heads have no fused one.
     per_pair = FP32_BYTES if device == "cpu" else config.num_attention_heads * MASKED_COPIES * dtype_bytes
     attention = queries * masked_keys * (per_pair + 1)
-    return activations + max(selection, attention) + config.vocab_size * FP32_BYTES
+    return activations + max(selection, attention) + logits
 
 
 def parameter_count(config: KeyeVL2Config) -> int:

@@ -213,6 +213,7 @@ def shared_plan(
         model=loaded.name,
         device=loaded.device,
         dtype=loaded.dtype,
+        kernels=loaded.kernels,
         max_tokens=answer_tokens,
         prompt_tokens=shared + question_room_tokens,
         free_bytes=free_memory_bytes(loaded.device),

@@ -45,6 +45,7 @@ def answer_text(
         model=loaded.name,
         device=loaded.device,
         dtype=loaded.dtype,
+        kernels=loaded.kernels,
         max_tokens=settings.max_tokens,
         prompt_tokens=prompt_tokens,
         free_bytes=free_memory_bytes(loaded.device),

@@ -97,6 +97,15 @@ def index_scores(
     return scores * q.shape[-1] ** -0.5
 
 
+def selected_scores(q: Tensor, w: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+    """`index_scores` of the keys on each query's list alone, differentiable: q [B, T, J, e], w [B, T, J], k [B, S, e],
+    indices int [B, T, K] → fp32 [B, T, K], of no meaning at −1. Each query has a copy of its K keys."""
+    rows = torch.arange(len(k), device=k.device)[:, None, None]
+    keys = k[rows, indices.clamp(min=0).long()].float()
+    similarity = torch.relu(torch.einsum("btje,btke->btjk", q.float(), keys))
+    return torch.einsum("btjk,btj->btk", similarity, w.float()) * q.shape[-1] ** -0.5
+
+
 def select_top_k(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
     """The `top_k` highest visible keys of every query; of equal scores the lower index first, always.
 
@@ -284,14 +293,14 @@ def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
 
 
-def indexer_divergence(probabilities: Tensor, scores: Tensor, mask: Tensor, groups: int) -> Tensor:
+def indexer_divergence(teacher: Tensor, scores: Tensor, mask: Tensor, groups: int) -> Tensor:
     """Σ_g KL(p_g ‖ softmax(scores)) of every query, up to the constant that the indexer cannot change.
 
-    probabilities: fp32 [B, H, T, S], the teacher over the keys of `mask` (detached here); scores: fp32 [B, T, S].
-    It equals G · KL(p̄ ‖ q) plus a constant, with p̄ the mean over all heads, so that is what is computed; its gradient
-    towards the scores is G · (q − p̄). Returns fp32 [B, T].
+    teacher: fp32 [B, T, N], the attention weights on the keys of `mask`, the mean over all heads p̄ (detached here); scores:
+    fp32 [B, T, N]; mask: bool [B, T, N]. N: all keys, or the places of each query's list. It equals G · KL(p̄ ‖ q) plus a
+    constant, so that is what is computed; its gradient towards the scores is G · (q − p̄). Returns fp32 [B, T].
     """
-    teacher = probabilities.detach().mean(1)
+    teacher = teacher.detach()
     log_student = scores.masked_fill(~mask, float("-inf")).log_softmax(-1)
     # Where the mask forbids a key the teacher is 0 and the student's logarithm −inf: their product must be 0, not NaN.
     log_student = log_student.masked_fill(~mask, 0.0)

@@ -55,7 +55,7 @@ def plan_for(capability: int, itemsize: int) -> Plan:
         # Without tensor cores every operand of a product sits in registers.
         return Plan(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if capability == 90:
-        return Plan(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+        return Plan(Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
     return Plan(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 
 
@@ -167,17 +167,10 @@ def _forward_kernel(
         rest = tl.zeros([QUERIES, REST], tl.float32)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     denominator = tl.zeros([QUERIES], tl.float32)
-    # Only the last block of keys can be a short one.
-    whole = P if EVEN else P // KEYS * KEYS
-    for start in range(0, whole, KEYS):
+    for start in range(0, P, KEYS):
         main, rest, largest, denominator = _attend(
             main, rest, largest, denominator, q_main, q_rest, k, v, start, k_stride, v_stride, P, scale,
-            KEYS, HEAD, MAIN, REST, False, PRECISION,
-        )
-    if not EVEN:
-        main, rest, largest, denominator = _attend(
-            main, rest, largest, denominator, q_main, q_rest, k, v, whole, k_stride, v_stride, P, scale,
-            KEYS, HEAD, MAIN, REST, True, PRECISION,
+            KEYS, HEAD, MAIN, REST, not EVEN, PRECISION,
         )
     out_stride = heads * HEAD
     out += frame * P * out_stride + offset

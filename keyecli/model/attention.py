@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from keyecli.kernels import reference
+from keyecli.kernels import dispatch, reference
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.indexer import LightningIndexer, RMSNorm
@@ -66,6 +66,7 @@ class SparseAttention(nn.Module):
         self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.observer: AttentionObserver | None = None
+        self.backend: dispatch.Backend | None = None
         sparse = config.sa_config or {"topk": 0, "q_chunk_size": 512}
         self.top_k: int = sparse["topk"]
         self.query_chunk: int = sparse["q_chunk_size"]
@@ -90,7 +91,10 @@ class SparseAttention(nn.Module):
         if self.observer is not None:
             self.observer(self.layer, q, k, v, index if selects else None)
         if index is not None and (selects or context.teach_indexer):
-            attended, divergence = self._chunked(q, k, v, index, context)
+            # Without a selection there are no lists: teaching from dense attention is left to the definition.
+            by_lists = context.mode == "sparse" and dispatch.backend_of(q, self.backend) == "triton"
+            attend = self._listed if by_lists else self._chunked
+            attended, divergence = attend(q, k, v, index, context)
         else:
             attended, divergence = self._dense(q, k, v, context), None
         return self.o_proj(attended.flatten(2)), divergence
@@ -123,6 +127,33 @@ class SparseAttention(nn.Module):
             tail, _ = self._chunked(q, k, v, None, context, first=plain)
             return torch.cat((head, tail), dim=1)
         return self._chunked(q, k, v, None, context)[0]
+
+    def _listed(
+        self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput, context: AttentionContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """All queries over the lists of their selected keys, by the kernels: nothing T × S is held."""
+        with torch.no_grad():
+            indices = dispatch.select_keys(*index, self.top_k, context.segments, backend="triton")
+        if not context.teach_indexer:
+            return dispatch.attended(q, k, v, indices, "triton"), None
+        output, lse = dispatch.attend_indices(q, k, v, indices, "triton")
+        teacher = dispatch.selected_probabilities(q.detach(), k.detach(), indices, lse.detach(), "triton")
+        divergences = []
+        for begin in range(0, q.shape[1], self.query_chunk):
+            part = slice(begin, begin + self.query_chunk)
+            # Recomputed in the backward pass: each query's own copies of its selected keys are far larger than their scores.
+            divergence = checkpoint(
+                self._listed_divergence,
+                index[0][:, part], index[1][:, part], index[2], indices[:, part], teacher[:, part],
+                use_reentrant=False,
+            )  # fmt: skip
+            divergences.append(divergence)
+        return output, torch.cat(divergences, dim=1)
+
+    def _listed_divergence(self, q: Tensor, w: Tensor, k: Tensor, indices: Tensor, teacher: Tensor) -> Tensor:
+        """The indexer's divergence over lists of keys."""
+        scores = reference.selected_scores(q, w, k, indices)
+        return reference.indexer_divergence(teacher, scores, indices >= 0, self.groups)
 
     def _chunked(
         self,
@@ -178,5 +209,5 @@ class SparseAttention(nn.Module):
             return reference.sparse_attention(q, k, v, mask, self.top_k), None
         output = reference.masked_attention(q, k, v, mask)
         with torch.no_grad():
-            teacher = reference.attention_probabilities(q, k, mask)
+            teacher = reference.attention_probabilities(q, k, mask).mean(1)
         return output, reference.indexer_divergence(teacher, scores, mask, self.groups)

@@ -16,13 +16,22 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from keyecli.kernels.dispatch import Backend
+from keyecli.model.attention import SparseAttention
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.decoder import TextDecoder
 from keyecli.model.indexer import RMSNorm
-from keyecli.model.moe import Experts
+from keyecli.model.moe import Experts, SparseMoE
 from keyecli.model.prompt import multimodal_positions
-from keyecli.model.vision import GROUP_PATCHES, PatchEmbeddings, Projector, VisionTower, encode_frames
+from keyecli.model.vision import (
+    GROUP_PATCHES,
+    PatchEmbeddings,
+    Projector,
+    VisionAttention,
+    VisionTower,
+    encode_frames,
+)
 
 LOSS_CHUNK_TOKENS = 2048
 IGNORED_LABEL = -100
@@ -73,6 +82,12 @@ class KeyeVL2ForConditionalGeneration(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def set_kernel_backend(self, backend: Backend | None) -> None:
+        """Compute with the definitions ("reference"), with the Triton kernels ("triton"), or by the device (None)."""
+        for module in self.modules():
+            if isinstance(module, (SparseAttention, SparseMoE, VisionAttention)):
+                module.backend = backend
 
     def encode_frames(
         self, patches: Tensor, grids: Sequence[tuple[int, int]], limit_patches: int = GROUP_PATCHES

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keyecli.kernels import reference
+from keyecli.kernels import dispatch
 from keyecli.model.config import KeyeVL2Config
 
 
@@ -31,13 +31,14 @@ class SparseMoE(nn.Module):
         self.normalise = config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        self.backend: dispatch.Backend | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, D] → [B, T, D]."""
         rows = x.flatten(0, 1)
-        weights, experts = reference.route(self.gate(rows), self.top_k, self.normalise)
-        mixed = reference.moe_experts(
-            rows, weights, experts, self.experts.gate_up_proj, self.experts.down_proj
+        weights, experts = dispatch.route(self.gate(rows), self.top_k, self.normalise, self.backend)
+        mixed = dispatch.moe_experts(
+            rows, weights, experts, self.experts.gate_up_proj, self.experts.down_proj, self.backend
         )
         return mixed.view_as(x)
 

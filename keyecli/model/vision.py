@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from keyecli.kernels import reference
+from keyecli.kernels import dispatch
 from keyecli.model.config import KeyeVL2Config, KeyeVL2VisionConfig
-from keyecli.model.rope import grid_tables, rotate_half_split
+from keyecli.model.rope import grid_tables
 
 GROUP_PATCHES = 8192
 
@@ -57,14 +57,14 @@ class VisionAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.backend: dispatch.Backend | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [N, P, C]; cos, sin: fp32 [P, head_dim] → [N, P, C]."""
         shape = (*x.shape[:2], self.heads, self.head_dim)
-        # In fp32, as the tower was trained: the angles of a large frame do not survive bf16.
-        q = rotate_half_split(self.q_proj(x).view(shape).float(), cos, sin).to(x.dtype)
-        k = rotate_half_split(self.k_proj(x).view(shape).float(), cos, sin).to(x.dtype)
-        attended = reference.frame_attention(q, k, self.v_proj(x).view(shape))
+        q, k, v = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        # The tables stay fp32, as the tower was trained: the angles of a large frame do not survive bf16.
+        attended = dispatch.frame_attention(q, k, v, cos, sin, self.backend)
         return self.out_proj(attended.flatten(2))
 
 

@@ -154,6 +154,7 @@ def ask(
         model=loaded.name,
         device=loaded.device,
         dtype=loaded.dtype,
+        kernels=loaded.kernels,
         max_tokens=settings.generation.max_tokens,
         prompt_tokens=len(lay_out([visual_of(plan) for plan in plans]).input_ids),
         free_bytes=free_memory_bytes(loaded.device),

@@ -173,6 +173,7 @@ def _plan_window(
         model=files.name,
         device=files.device,
         dtype=files.dtype,
+        kernels=files.kernels,
         max_tokens=settings.ask.generation.max_tokens,
         text=prompt_text(question, [plan], settings.ask, origin_s=window.start_s),
         free_bytes=free_memory_bytes(files.device),

@@ -126,6 +126,7 @@ def _planned(files: ModelFiles, info: VideoInfo, settings: AskSettings, question
             model=files.name,
             device=files.device,
             dtype=files.dtype,
+            kernels=files.kernels,
             max_tokens=settings.generation.max_tokens,
             text=text,
             free_bytes=free_memory_bytes(files.device),

@@ -348,3 +348,14 @@ def test_a_whole_run_in_a_process_of_its_own(clip: Path, isolated: dict[str, str
     assert ended.returncode == 0
     assert ended.stdout.endswith("\n")
     assert ended.stderr == CUT_OFF
+
+
+def test_kernels_of_a_gpu_are_refused_without_one(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keyecli.engine.loaded.interprets", lambda: False)
+    code, out, err = keye("ask", str(clip), "What happens?", "--device", "cpu", "--kernels", "triton")
+    assert (code, out) == (2, "")
+    assert err == "keye: --kernels triton runs on an NVIDIA GPU, and the device is cpu: leave the option out\n"
+    code, _, err = keye("ask", str(clip), "What happens?", "--kernels", "fast")
+    assert (code, err) == (2, "keye: --kernels must be auto, reference or triton, not fast\n")
+    code, _, _ = keye("ask", str(clip), "What happens?", "--kernels", "reference", *FEW)
+    assert code == 0

@@ -27,6 +27,7 @@ def loaded_from(folder: Path, model: Any, tokenizer: Any) -> LoadedModel:
         preprocessor=load_preprocessor(folder),
         device="cpu",
         dtype="fp32",
+        kernels="reference",
         revision="0",
         model=model,
         tokenizer=tokenizer,

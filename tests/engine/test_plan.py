@@ -19,6 +19,7 @@ from keyecli.engine.loaded import (
     _control_group_room,
     choose_device,
     choose_dtype,
+    choose_kernels,
     free_memory_bytes,
 )
 from keyecli.engine.plan import (
@@ -34,7 +35,7 @@ from keyecli.engine.plan import (
     prefill_workspace_bytes,
 )
 from keyecli.engine.stream import visual_of
-from keyecli.errors import MemoryLimitError, UsageError
+from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
 from keyecli.kernels.reference import GATHER_CROSSOVER
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
@@ -56,7 +57,8 @@ def official() -> KeyeVL2Config:
 
 
 def run_plan(config: KeyeVL2Config, inputs: list[InputPlan], **changes: Any) -> RunPlan:
-    settings: dict[str, Any] = {"model": "m", "device": "cuda", "dtype": "bf16", "max_tokens": 2048}
+    settings: dict[str, Any] = {"model": "m", "device": "cuda", "dtype": "bf16", "kernels": "reference"}
+    settings["max_tokens"] = 2048
     return plan_run(inputs, config, **{**settings, **changes})
 
 
@@ -115,7 +117,9 @@ def test_worked_plan_of_an_hour(official: KeyeVL2Config) -> None:
 
 
 def test_workspace_grows_with_length_only_through_one_chunk_of_scores(official: KeyeVL2Config) -> None:
-    at_128k, at_256k = (prefill_workspace_bytes(official, tokens, 2, "cuda") for tokens in (131_072, 262_144))
+    at_128k, at_256k = (
+        prefill_workspace_bytes(official, tokens, 2, "cuda", "reference") for tokens in (131_072, 262_144)
+    )
     assert at_256k - at_128k == 512 * 131_072 * 26
 
 
@@ -123,8 +127,15 @@ def test_workspace_follows_the_attention_that_is_computed(official: KeyeVL2Confi
     assert MASKED_KEYS_PER_SELECTED == GATHER_CROSSOVER
     # 512 queries × 16,384 keys: on a GPU three copies of 32 heads' bf16 scores outweigh the selection.
     attention = 512 * 16_384 * (32 * 3 * 2 + 1)
-    on_gpu, on_cpu = (prefill_workspace_bytes(official, 16_384, 2, device) for device in ("cuda", "cpu"))
+    on_gpu, on_cpu = (
+        prefill_workspace_bytes(official, 16_384, 2, device, "reference") for device in ("cuda", "cpu")
+    )
     assert on_gpu - on_cpu == attention - 512 * 16_384 * 26
+
+
+def test_workspace_of_the_kernels_does_not_grow_with_length(official: KeyeVL2Config) -> None:
+    sizes = {n: prefill_workspace_bytes(official, n, 2, "cuda", "triton") for n in (16_384, 262_144)}
+    assert sizes[16_384] == sizes[262_144] < 2 * GIB
 
 
 def test_estimate_is_close_to_the_real_prompt(loaded: LoadedModel) -> None:
@@ -255,6 +266,23 @@ def test_devices_and_dtypes() -> None:
     assert choose_dtype("torch.bfloat16", "cpu") == "bf16"
     with pytest.raises(UsageError, match="int8"):
         choose_dtype("int8", "cpu")
+
+
+def test_kernels_are_chosen_by_the_device_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keyecli.engine.loaded.has_triton", lambda: True)
+    monkeypatch.setattr("keyecli.engine.loaded.interprets", lambda: False)
+    assert choose_kernels(None, "cpu") == choose_kernels("auto", "cpu") == "reference"
+    assert choose_kernels(None, "cuda:1") == choose_kernels("triton", "cuda") == "triton"
+    assert choose_kernels("reference", "cuda") == "reference"
+    with pytest.raises(UsageError, match="the device is cpu"):
+        choose_kernels("triton", "cpu")
+    with pytest.raises(UsageError, match="--kernels fast is not known"):
+        choose_kernels("fast", "cpu")
+    monkeypatch.setattr("keyecli.engine.loaded.has_triton", lambda: False)
+    with pytest.raises(UsageError, match="not installed"):
+        choose_kernels("triton", "cuda")
+    with pytest.warns(KeyeWarning, match="triton is not installed"):
+        assert choose_kernels(None, "cuda") == "reference"
 
 
 def test_free_memory_of_a_container(tmp_path: Path) -> None:

@@ -338,7 +338,8 @@ def test_route_reads_strided_logits_and_refuses_nonsense() -> None:
     for part in (logits[:, :12], logits[::2], logits.t()):
         weights, experts = kernels.route(part, 3, True)
         expected = kernels.route(part.contiguous(), 3, True)
-        assert_same(weights, expected[0])
+        # On a GPU another stride may mean wider loads, and so another order of the softmax's sum.
+        assert_close(weights, expected[0], relative=1e-6, absolute=0, cosine=1e-12)
         assert_same(experts, expected[1])
     with pytest.raises(ValueError, match="cannot be chosen"):
         kernels.route(logits, 25, True)

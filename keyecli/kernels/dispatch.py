@@ -1,0 +1,165 @@
+"""Which code computes an operation: `reference`, the definitions in PyTorch, or `triton`, the kernels beside this file.
+
+Every function here has the signature of its namesake in `reference` and a `backend`; None leaves the choice to the device.
+Letters as in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from keyecli.errors import KernelError
+from keyecli.kernels import reference
+
+Backend = Literal["reference", "triton"]
+
+# Up to here new tokens go through the kernel that splits every list over the whole chip.
+DECODE_TOKENS = 8
+
+
+def backend_of(x: Tensor, backend: Backend | None) -> Backend:
+    """The backend asked for, else "triton" for tensors on an NVIDIA GPU where Triton is installed, else "reference"."""
+    if backend is not None:
+        return backend
+    return "triton" if x.is_cuda and has_triton() else "reference"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; it is made for Linux."""
+    return find_spec("triton") is not None
+
+
+def interprets() -> bool:
+    """Whether Triton's kernels run under its interpreter, without a GPU."""
+    if not has_triton():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def select_keys(
+    q: Tensor,
+    w: Tensor,
+    k: Tensor,
+    top_k: int,
+    segments: Tensor | None = None,
+    first_query: int | Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`reference.select_keys`."""
+    if backend_of(q, backend) == "reference":
+        return reference.select_keys(q, w, k, top_k, segments, first_query)
+    with _naming("the selection of keys", q.device):
+        from keyecli.kernels import selection
+
+        return selection.select_keys(q, w, k, top_k, segments, first_query)
+
+
+def attend_indices(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.attend_indices`: differentiable, with the logarithms of the denominators."""
+    if backend_of(q, backend) == "reference":
+        return reference.attend_indices(q, k, v, indices)
+    with _naming("sparse attention", q.device):
+        from keyecli.kernels import attention
+
+        return attention.sparse_attention(q, k, v, indices)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, backend: Backend | None = None) -> Tensor:
+    """The output of `attend_indices` alone, where no gradient is wanted; a few new tokens are attended to in parts."""
+    few = q.shape[0] * q.shape[1] <= DECODE_TOKENS
+    if backend_of(q, backend) == "reference" or torch.is_grad_enabled() or not few:
+        return attend_indices(q, k, v, indices, backend)[0]
+    with _naming("sparse attention of new tokens", q.device):
+        from keyecli.kernels import decode
+
+        return decode.decode_attention(q, k, v, indices)
+
+
+def selected_probabilities(
+    q: Tensor, k: Tensor, indices: Tensor, lse: Tensor, backend: Backend | None = None
+) -> Tensor:
+    """`reference.selected_probabilities`."""
+    if backend_of(q, backend) == "reference":
+        return reference.selected_probabilities(q, k, indices, lse)
+    with _naming("the weights of selected keys", q.device):
+        from keyecli.kernels import attention
+
+        return attention.selected_probabilities(q, k, indices, lse)
+
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`reference.frame_attention`."""
+    if backend_of(q, backend) == "reference":
+        return reference.frame_attention(q, k, v, cos, sin)
+    with _naming("attention inside frames", q.device):
+        from keyecli.kernels import vision
+
+        return vision.frame_attention(q, k, v, cos, sin)
+
+
+def route(
+    logits: Tensor, top_k: int, normalise: bool, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.route`."""
+    if backend_of(logits, backend) == "reference":
+        return reference.route(logits, top_k, normalise)
+    with _naming("routing", logits.device):
+        from keyecli.kernels import experts
+
+        return experts.route(logits, top_k, normalise)
+
+
+def moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`reference.moe_experts`."""
+    if backend_of(x, backend) == "reference":
+        return reference.moe_experts(x, weights, experts, gate_up, down)
+    with _naming("the experts", x.device):
+        from keyecli.kernels import experts as kernels
+
+        return kernels.moe_experts(x, weights, experts, gate_up, down)
+
+
+@contextmanager
+def _naming(operation: str, device: torch.device) -> Iterator[None]:
+    """A kernel that does not compile, or does not fit the card, becomes a `KernelError` that names both."""
+    from triton.errors import TritonError
+
+    try:
+        yield
+    except TritonError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise KernelError(
+            f"the Triton kernel for {operation} does not compile for {_card(device)}: {lines[-1].strip()}; "
+            "--kernels reference does without"
+        ) from error
+
+
+def _card(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "Triton's interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
