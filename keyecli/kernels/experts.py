@@ -54,7 +54,6 @@ class Plan:
     rows: rows of one expert in a tile, shared by all kernels over sorted rows. gate_up: `columns` of gate and as many of up.
     backward: as gate_up, with a third accumulator. weight_gradient: a tile is `gradient_rows` × `columns`, `inner` rows a step.
     decode_*: matrix-vector products, `inner` × `columns` weights a step. tma: read by tensor descriptors where possible.
-    persistent: gate_up and down run one program a multiprocessor, which loads its next tile while it stores the last one.
     """
 
     rows: int
@@ -66,14 +65,13 @@ class Plan:
     decode_gate_up: Tile
     decode_down: Tile
     tma: bool = False
-    persistent: bool = False
 
 
 def plan_for(capability: int, itemsize: int, crowded: bool = True) -> Plan:
     """Tiles for a compute capability (0: the interpreter), an element size, and many or few rows an expert."""
     if capability == 0:
         small = Tile(16, 16, 1, 1)
-        return Plan(16, small, small, small, 16, small, small, small, persistent=True)
+        return Plan(16, small, small, small, 16, small, small, small)
     decode_gate_up, decode_down = Tile(32, 128, 4, 3), Tile(64, 128, 4, 3)
     if itemsize == 4:
         # Without tensor cores the accumulators and the operands of every multiplication sit in registers.
@@ -95,7 +93,6 @@ def plan_for(capability: int, itemsize: int, crowded: bool = True) -> Plan:
                 decode_gate_up=decode_gate_up,
                 decode_down=decode_down,
                 tma=True,
-                persistent=True,
             )
         narrow = Tile(64, 64, 4, 4)
         return Plan(
@@ -226,54 +223,53 @@ def _gate_up_kernel(
     EVEN_COLUMNS: tl.constexpr,
     EVEN_INNER: tl.constexpr,
     TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """hidden[place] = silu(x · gate) · (x · up), a tile of places and columns at a time.
 
-    Column tiles of one row tile are neighbours in the work list, so its rows of x and its expert's weights stay in the cache.
+    Column tiles of one row tile are neighbours in the grid, so its rows of x and its expert's weights stay in the cache.
     """
     column_tiles = tl.cdiv(F, COLUMNS)
+    tile = tl.program_id(0) // column_tiles
+    column_start = (tl.program_id(0) % column_tiles) * COLUMNS
+    if tile >= tl.load(totals + E):
+        return
     inner = tl.arange(0, INNER)
-    work_end = tl.load(totals + E) * column_tiles
-    for work in tl.range(tl.program_id(0), work_end, tl.num_programs(0), flatten=FLATTEN):
-        tile = work // column_tiles
-        column_start = (work % column_tiles) * COLUMNS
-        columns = column_start + tl.arange(0, COLUMNS)
-        expert = tl.load(tile_map + tile)
-        places = tl.load(tile_map + tiles + tile) + tl.arange(0, ROWS)
-        valid = places < tl.load(tile_map + 2 * tiles + tile)
-        # Rows past the end compute token 0 and are not stored: cheaper than masking every load.
-        tokens = tl.load(order + places, mask=valid, other=0) // TOP_K
-        x_pointers = x + tokens.to(tl.int64)[:, None] * x_stride + inner[None, :]
-        if not TMA:
-            matrix = gate_up + expert.to(tl.int64) * D * (2 * F)
-            weight_pointers = matrix + inner[:, None] * (2 * F) + columns[None, :]
-        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-        up = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, D, INNER):
-            if EVEN_INNER:
-                rows = tl.load(x_pointers + start)
+    columns = column_start + tl.arange(0, COLUMNS)
+    expert = tl.load(tile_map + tile)
+    places = tl.load(tile_map + tiles + tile) + tl.arange(0, ROWS)
+    valid = places < tl.load(tile_map + 2 * tiles + tile)
+    # Rows past the end compute token 0 and are not stored: cheaper than masking every load.
+    tokens = tl.load(order + places, mask=valid, other=0) // TOP_K
+    x_pointers = x + tokens.to(tl.int64)[:, None] * x_stride + inner[None, :]
+    if not TMA:
+        matrix = gate_up + expert.to(tl.int64) * D * (2 * F)
+        weight_pointers = matrix + inner[:, None] * (2 * F) + columns[None, :]
+    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, INNER):
+        if EVEN_INNER:
+            rows = tl.load(x_pointers + start)
+        else:
+            rows = tl.load(x_pointers + start, mask=(start + inner < D)[None, :], other=0.0)
+        if TMA:
+            gate_weight = gate_up.load([expert * D + start, column_start])
+            up_weight = gate_up.load([expert * D + start, F + column_start])
+        else:
+            if EVEN_INNER and EVEN_COLUMNS:
+                gate_weight = tl.load(weight_pointers)
+                up_weight = tl.load(weight_pointers + F)
             else:
-                rows = tl.load(x_pointers + start, mask=(start + inner < D)[None, :], other=0.0)
-            if TMA:
-                gate_weight = gate_up.load([expert * D + start, column_start])
-                up_weight = gate_up.load([expert * D + start, F + column_start])
-            else:
-                if EVEN_INNER and EVEN_COLUMNS:
-                    gate_weight = tl.load(weight_pointers)
-                    up_weight = tl.load(weight_pointers + F)
-                else:
-                    present = (start + inner < D)[:, None] & (columns < F)[None, :]
-                    gate_weight = tl.load(weight_pointers, mask=present, other=0.0)
-                    up_weight = tl.load(weight_pointers + F, mask=present, other=0.0)
-                weight_pointers += INNER * 2 * F
-            gate = tl.dot(rows, gate_weight, gate, input_precision=PRECISION)
-            up = tl.dot(rows, up_weight, up, input_precision=PRECISION)
-        activated = gate / (1 + tl.exp(-gate)) * up
-        stored = valid[:, None] & (columns < F)[None, :]
-        pointers = hidden + places.to(tl.int64)[:, None] * F + columns[None, :]
-        tl.store(pointers, activated.to(hidden.dtype.element_ty), mask=stored)
+                present = (start + inner < D)[:, None] & (columns < F)[None, :]
+                gate_weight = tl.load(weight_pointers, mask=present, other=0.0)
+                up_weight = tl.load(weight_pointers + F, mask=present, other=0.0)
+            weight_pointers += INNER * 2 * F
+        gate = tl.dot(rows, gate_weight, gate, input_precision=PRECISION)
+        up = tl.dot(rows, up_weight, up, input_precision=PRECISION)
+    activated = gate / (1 + tl.exp(-gate)) * up
+    stored = valid[:, None] & (columns < F)[None, :]
+    pointers = hidden + places.to(tl.int64)[:, None] * F + columns[None, :]
+    tl.store(pointers, activated.to(hidden.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -297,7 +293,6 @@ def _rows_kernel(
     EVEN_COLUMNS: tl.constexpr,
     EVEN_INNER: tl.constexpr,
     TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """routed[source] = scale[source] · rows_in[place] · weight[expert]: the down projection, and the way back to x.
@@ -305,59 +300,59 @@ def _rows_kernel(
     rows_in: [R, K] by place; weight: [E, K, N], or [E, N, K] when TRANSPOSED; routed: [R, N] by source.
     """
     column_tiles = tl.cdiv(N, COLUMNS)
+    tile = tl.program_id(0) // column_tiles
+    column_start = (tl.program_id(0) % column_tiles) * COLUMNS
+    if tile >= tl.load(totals + E):
+        return
     inner = tl.arange(0, INNER)
-    work_end = tl.load(totals + E) * column_tiles
-    for work in tl.range(tl.program_id(0), work_end, tl.num_programs(0), flatten=FLATTEN):
-        tile = work // column_tiles
-        column_start = (work % column_tiles) * COLUMNS
-        columns = column_start + tl.arange(0, COLUMNS)
-        expert = tl.load(tile_map + tile)
-        first = tl.load(tile_map + tiles + tile)
-        places = first + tl.arange(0, ROWS)
-        valid = places < tl.load(tile_map + 2 * tiles + tile)
-        if not TMA:
-            # Places past the end read row 0, which exists, and are not stored.
-            row_pointers = rows_in + tl.where(valid, places, 0).to(tl.int64)[:, None] * K + inner[None, :]
-            matrix = weight + expert.to(tl.int64) * K * N
+    columns = column_start + tl.arange(0, COLUMNS)
+    expert = tl.load(tile_map + tile)
+    first = tl.load(tile_map + tiles + tile)
+    places = first + tl.arange(0, ROWS)
+    valid = places < tl.load(tile_map + 2 * tiles + tile)
+    if not TMA:
+        # Places past the end read row 0, which exists, and are not stored.
+        row_pointers = rows_in + tl.where(valid, places, 0).to(tl.int64)[:, None] * K + inner[None, :]
+        matrix = weight + expert.to(tl.int64) * K * N
+        if TRANSPOSED:
+            weight_pointers = matrix + columns[:, None] * K + inner[None, :]
+        else:
+            weight_pointers = matrix + inner[:, None] * N + columns[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, K, INNER):
+        if TMA:
+            # Places past the end are rows of the next expert, or zeros at the very end.
+            rows = rows_in.load([first, start])
             if TRANSPOSED:
-                weight_pointers = matrix + columns[:, None] * K + inner[None, :]
+                part = tl.trans(weight.load([expert * N + column_start, start]))
             else:
-                weight_pointers = matrix + inner[:, None] * N + columns[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, K, INNER):
-            if TMA:
-                # Places past the end are rows of the next expert, or zeros at the very end.
-                rows = rows_in.load([first, start])
-                if TRANSPOSED:
-                    part = tl.trans(weight.load([expert * N + column_start, start]))
-                else:
-                    part = weight.load([expert * K + start, column_start])
+                part = weight.load([expert * K + start, column_start])
+        else:
+            if EVEN_INNER:
+                rows = tl.load(row_pointers + start)
             else:
-                if EVEN_INNER:
-                    rows = tl.load(row_pointers + start)
+                rows = tl.load(row_pointers + start, mask=(start + inner < K)[None, :], other=0.0)
+            if TRANSPOSED:
+                if EVEN_INNER and EVEN_COLUMNS:
+                    part = tl.trans(tl.load(weight_pointers))
                 else:
-                    rows = tl.load(row_pointers + start, mask=(start + inner < K)[None, :], other=0.0)
-                if TRANSPOSED:
-                    if EVEN_INNER and EVEN_COLUMNS:
-                        part = tl.trans(tl.load(weight_pointers))
-                    else:
-                        present = (columns < N)[:, None] & (start + inner < K)[None, :]
-                        part = tl.trans(tl.load(weight_pointers, mask=present, other=0.0))
-                    weight_pointers += INNER
+                    present = (columns < N)[:, None] & (start + inner < K)[None, :]
+                    part = tl.trans(tl.load(weight_pointers, mask=present, other=0.0))
+                weight_pointers += INNER
+            else:
+                if EVEN_INNER and EVEN_COLUMNS:
+                    part = tl.load(weight_pointers)
                 else:
-                    if EVEN_INNER and EVEN_COLUMNS:
-                        part = tl.load(weight_pointers)
-                    else:
-                        present = (start + inner < K)[:, None] & (columns < N)[None, :]
-                        part = tl.load(weight_pointers, mask=present, other=0.0)
-                    weight_pointers += INNER * N
-            total = tl.dot(rows, part, total, input_precision=PRECISION)
-        sources = tl.load(order + places, mask=valid, other=0)
-        if SCALED:
-            total *= tl.load(scale + sources, mask=valid, other=0.0).to(tl.float32)[:, None]
-        stored = valid[:, None] & (columns < N)[None, :]
-        pointers = routed + sources.to(tl.int64)[:, None] * N + columns[None, :]
-        tl.store(pointers, total.to(routed.dtype.element_ty), mask=stored)
+                    present = (start + inner < K)[:, None] & (columns < N)[None, :]
+                    part = tl.load(weight_pointers, mask=present, other=0.0)
+                weight_pointers += INNER * N
+        total = tl.dot(rows, part, total, input_precision=PRECISION)
+    sources = tl.load(order + places, mask=valid, other=0)
+    if SCALED:
+        total *= tl.load(scale + sources, mask=valid, other=0.0).to(tl.float32)[:, None]
+    stored = valid[:, None] & (columns < N)[None, :]
+    pointers = routed + sources.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(pointers, total.to(routed.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -788,20 +783,10 @@ def tile_constants(
     }
 
 
-def copy_constants(plan: Plan, tile: Tile, inner: int, columns: int, aligned: bool = True) -> dict[str, bool]:
-    """Whether a kernel reads by descriptor, and whether the work list and the contraction become one pipelined loop.
-
-    A descriptor wants rows of whole 16 bytes and, since one expert's matrix begins where another's ends, whole tiles.
-    """
-    tma = plan.tma and aligned and inner % tile.inner == 0 and columns % 8 == 0
-    return {"TMA": tma, "FLATTEN": tma and plan.persistent}
-
-
-def programs(x: Tensor, most: int, plan: Plan) -> tuple[int]:
-    """The grid over a work list of at most `most` items: one program an item, or one a multiprocessor."""
-    if not plan.persistent:
-        return (most,)
-    return (min(most, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3),)
+def reads_by_descriptor(plan: Plan, tile: Tile, inner: int, columns: int, aligned: bool = True) -> bool:
+    """Whether a kernel may: a descriptor wants rows of whole 16 bytes and, since one expert's matrix begins where another's
+    ends, whole tiles."""
+    return plan.tma and aligned and inner % tile.inner == 0 and columns % 8 == 0
 
 
 def launch_options(tile: Tile) -> dict[str, int]:
@@ -824,9 +809,9 @@ def activate_rows(x: Tensor, gate_up: Tensor, rows: SortedRows, top_k: int, plan
     width = double // 2
     hidden = x.new_empty(rows.order.shape[0], width)
     constants = tile_constants(plan, tile, gate_up.shape[0], model, width, x.dtype)
-    constants |= copy_constants(plan, tile, model, width, gate_up.data_ptr() % 16 == 0)
+    constants["TMA"] = reads_by_descriptor(plan, tile, model, width, gate_up.data_ptr() % 16 == 0)
     weight = described(gate_up, (tile.inner, tile.columns)) if constants["TMA"] else gate_up
-    _gate_up_kernel[programs(x, rows.tiles * triton.cdiv(width, tile.columns), plan)](
+    _gate_up_kernel[(rows.tiles * triton.cdiv(width, tile.columns),)](
         x,
         weight,
         rows.order,
@@ -852,12 +837,12 @@ def multiply_rows(
     tile = plan.down
     routed = rows_in.new_empty(rows_in.shape[0], columns)
     constants = tile_constants(plan, tile, weight.shape[0], inner, columns, rows_in.dtype)
-    constants |= copy_constants(plan, tile, inner, columns, weight.data_ptr() % 16 == 0)
+    constants["TMA"] = reads_by_descriptor(plan, tile, inner, columns, weight.data_ptr() % 16 == 0)
     source, matrix = rows_in, weight
     if constants["TMA"]:
         block = (tile.columns, tile.inner) if transposed else (tile.inner, tile.columns)
         source, matrix = described(rows_in, (plan.rows, tile.inner)), described(weight, block)
-    _rows_kernel[programs(rows_in, rows.tiles * triton.cdiv(columns, tile.columns), plan)](
+    _rows_kernel[(rows.tiles * triton.cdiv(columns, tile.columns),)](
         source,
         matrix,
         rows.order,
@@ -1216,7 +1201,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         plan = plan_for(capability, 2, crowded)
         tile = plan.gate_up
         constants = tile_constants(plan, tile, num_experts, model, width, kind) | {"TOP_K": top_k}
-        constants |= copy_constants(plan, tile, model, width)
+        constants["TMA"] = reads_by_descriptor(plan, tile, model, width)
         block = f"tensordesc<bf16[{tile.inner}, {tile.columns}]>"
         types = {"gate_up": block} if constants["TMA"] else {}
         cases.append(case_of(f"gate_up {label}", _gate_up_kernel, constants, launch_options(tile), types))
@@ -1224,7 +1209,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         for name, inner in (("down", width), ("back to x", 2 * width)):
             transposed = name != "down"
             constants = tile_constants(plan, tile, num_experts, inner, model, kind)
-            constants |= copy_constants(plan, tile, inner, model)
+            constants["TMA"] = reads_by_descriptor(plan, tile, inner, model)
             constants |= {"SCALED": not transposed, "TRANSPOSED": transposed}
             types = {}
             if constants["TMA"]:

@@ -25,7 +25,7 @@ from keyecli.kernels.compile import CompileCase
 
 LOG2_E = math.log2(math.e)
 MAX_HEAD_DIM = 128
-ROTARY_PATCHES = 4
+ROTARY_PATCHES = 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def plan_for(capability: int, itemsize: int) -> Plan:
         # Without tensor cores every operand of a product sits in registers.
         return Plan(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if capability == 90:
-        return Plan(Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+        return Plan(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
     return Plan(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 
 

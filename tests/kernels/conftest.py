@@ -7,8 +7,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
 collect_ignore_glob = [] if find_spec("triton") else ["test_triton_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same numbers whatever ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="package")

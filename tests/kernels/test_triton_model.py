@@ -115,9 +115,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(selection, "select_keys", too_large)
     model = pair()["triton"]
     positions = torch.arange(20, device=DEVICE).expand(3, 1, 20)
-    with pytest.raises(
-        KernelError, match="selection of keys does not compile for .*shared memory, Required: 300000"
-    ):
+    with pytest.raises(KernelError) as raised:
         model.decode(model.embed(text(1, 20).to(DEVICE)), positions)
     message = str(raised.value)
     assert message.startswith("the Triton kernel for the selection of keys does not compile for ")
