@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from keyecli.bench.measure import Measurement
 
 KERNELS = ("selection", "attention", "experts", "vision")
-WHAT = ("kernels",)
+WHAT = ("kernels", "prefill", "decode")
 
 
 @with_settings(OUTPUT)
 def bench(
-    what: Annotated[str | None, typer.Argument(metavar="WHAT", help="What to measure: kernels.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(metavar="WHAT", help="What to measure: kernels, prefill, decode.")
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option("--only", metavar="A,B", help="Only these: selection, attention, experts, vision."),
@@ -34,14 +37,15 @@ def bench(
     *,
     settings: Settings,
 ) -> None:
-    """Measure the kernels on this machine's GPU, in the shape of the 30B model.
+    """Measure this machine's GPU in the shape of the 30B model: its kernels, or the whole decoder with random weights.
 
-    Every result is checked against its definition before it is timed. A line gives the median time, what the
-    operation reaches of the floor that arithmetic and memory set on one H200, and its time over the baseline's, both
-    from the same run.
+    Every result is checked before it is timed. A line gives the median time, what the operation reaches of the floor
+    that arithmetic and memory set on one H200, and its time over the baseline's, both from the same run.
     """
     if what not in WHAT:
         raise UsageError(f"keye bench measures {', '.join(WHAT)}: name one, as in `keye bench kernels`")
+    if only is not None and what != "kernels":
+        raise UsageError("--only chooses among the kernels: it goes with `keye bench kernels`")
     rooms = _chosen(only)
     sizes = _lengths(lengths)
 
@@ -49,14 +53,21 @@ def bench(
         import torch
 
     if not torch.cuda.is_available():
-        raise UsageError("the kernels run on an NVIDIA GPU, and this machine has none that torch can use")
+        raise UsageError(f"{what} is measured on an NVIDIA GPU, and this machine has none that torch can use")
     console.detail(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for room in rooms:
-        for measurement in import_module(f"keyecli.bench.{room}").measure(sizes):
-            if settings.json:
-                console.result(json.dumps(measurement.to_dict()))
-            else:
-                console.result(line(measurement))
+    for measurement in _measurements(what, rooms, sizes):
+        if settings.json:
+            console.result(json.dumps(measurement.to_dict()))
+        else:
+            console.result(line(measurement))
+
+
+def _measurements(what: str, rooms: tuple[str, ...], sizes: tuple[int, ...]) -> Iterator[Measurement]:
+    if what == "kernels":
+        for room in rooms:
+            yield from import_module(f"keyecli.bench.{room}").measure(sizes)
+    else:
+        yield from getattr(import_module("keyecli.bench.network"), f"measure_{what}")(sizes)
 
 
 def line(measurement: Measurement) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from keyecli.engine.static import StaticDecoder, suits
 from keyecli.errors import UsageError
 from keyecli.model.cache import KeyeCache
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
@@ -202,6 +203,9 @@ def generate(
     log_probabilities: list[float] = []
     stop_reason: StopReason = "length"
 
+    static = StaticDecoder(model, cache) if suits(model, cache) else None
+    logits = model.logits(hidden[0, -1])
+
     def say(piece: str) -> None:
         if piece and on_text:
             on_text(piece)
@@ -214,10 +218,13 @@ def generate(
         if len(token_ids) == settings.max_tokens:
             break
         if token_ids:
-            ids = torch.tensor([[token_ids[-1]]], device=device)
-            position = torch.full((3, 1, 1), next_position + len(token_ids) - 1, device=device)
-            hidden = model.decode(model.embed(ids, None), position, cache)
-        logits = model.logits(hidden[0, -1])
+            position = next_position + len(token_ids) - 1
+            if static is not None:
+                logits = static.step([token_ids[-1]], position)[0]
+            else:
+                ids = torch.tensor([[token_ids[-1]]], device=device)
+                positions = torch.full((3, 1, 1), position, device=device)
+                logits = model.logits(model.decode(model.embed(ids, None), positions, cache)[0, -1])
         if allowed is None:
             token_id = sampler.pick(logits)
         else:

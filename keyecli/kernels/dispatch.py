@@ -143,6 +143,37 @@ def moe_experts(
         return kernels.moe_experts(x, weights, experts, gate_up, down)
 
 
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, backend: Backend | None = None
+) -> Tensor:
+    """`reference.add_norm`."""
+    if backend_of(x, backend) == "reference":
+        return reference.add_norm(x, delta, weight, eps)
+    with _naming("residual and norm", x.device):
+        from keyecli.kernels import step
+
+        return step.add_norm(x, delta, weight, eps)
+
+
+def place_projections(
+    projected: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: Tensor,
+    norms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    caches: tuple[Tensor, Tensor, Tensor],
+    shape: reference.StepShape,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.place_projections`."""
+    arguments = (projected, tables, lengths, norms, caches, shape)
+    if backend_of(projected, backend) == "reference":
+        return reference.place_projections(*arguments)
+    with _naming("a new token's projections", projected.device):
+        from keyecli.kernels import step
+
+        return step.place_projections(*arguments)
+
+
 @contextmanager
 def _naming(operation: str, device: torch.device) -> Iterator[None]:
     """A kernel that does not compile, or does not fit the card, becomes a `KernelError` that names both."""

@@ -7,6 +7,8 @@ Queries are always the last T of the S positions: query row t stands at position
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -325,6 +327,64 @@ def frame_attention(
         q, k = rotated(q), rotated(k)
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return attended.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Heads and norms of a decoder layer whose projections are one matrix; names as at the top of this file."""
+
+    heads: int
+    groups: int
+    dim: int
+    index_heads: int
+    index_dim: int
+    eps: float
+    index_eps: float
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """x [B, D] becomes x + delta [B, D], rounded to its type; returns its root-mean-square norm times `weight`, [B, D]."""
+    if delta is not None:
+        x += delta
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def place_projections(
+    projected: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: Tensor,
+    norms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    caches: tuple[Tensor, Tensor, Tensor],
+    shape: StepShape,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One new token of B sequences after its joint projection: norms, rotary, and the caches written.
+
+    projected: [B, (H + 2G) · d + J · e + J + e], q, k, v, the indexer's queries, its gates, its key. tables: cos and sin [B, d] of
+    the heads, cos and sin [B, e] of the indexer, the first half of a row equal to its second. lengths: int [B], where each sequence's
+    new token belongs. norms: weights of q and k [d], of the indexer's queries [e], weight and bias of its key [e]. caches: k and v
+    [B, S, G, d], indexer keys [B, S, e]. Returns q [B, 1, H, d], indexer queries [B, 1, J, e] and gates [B, 1, J].
+    """
+    heads, groups, dim = shape.heads, shape.groups, shape.dim
+    index_heads, index_dim = shape.index_heads, shape.index_dim
+    widths = [heads * dim, groups * dim, groups * dim, index_heads * index_dim, index_heads, index_dim]
+    q, k, v, iq, gates, ik = projected.split(widths, dim=-1)
+    cos, sin, index_cos, index_sin = (table[:, None] for table in tables)
+    q_weight, k_weight, iq_weight, ik_weight, ik_bias = norms
+
+    def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+    q = F.rms_norm(q.unflatten(-1, (heads, dim)), (dim,), q_weight, shape.eps)
+    k = F.rms_norm(k.unflatten(-1, (groups, dim)), (dim,), k_weight, shape.eps)
+    iq = F.rms_norm(iq.unflatten(-1, (index_heads, index_dim)), (index_dim,), iq_weight, shape.index_eps)
+    normed = F.layer_norm(ik.float(), (index_dim,), ik_weight.float(), ik_bias.float(), shape.index_eps)
+    rows = torch.arange(len(projected), device=projected.device)
+    k_cache, v_cache, ik_cache = caches
+    k_cache[rows, lengths.long()] = rotated(k, cos, sin)
+    v_cache[rows, lengths.long()] = v.unflatten(-1, (groups, dim))
+    ik_cache[rows, lengths.long()] = rotated(normed.to(ik.dtype)[:, None], index_cos, index_sin)[:, 0]
+    return rotated(q, cos, sin)[:, None], rotated(iq, index_cos, index_sin)[:, None], gates[:, None]
 
 
 def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:

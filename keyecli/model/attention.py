@@ -67,10 +67,42 @@ class SparseAttention(nn.Module):
         self.gradient_checkpointing = False
         self.observer: AttentionObserver | None = None
         self.backend: dispatch.Backend | None = None
+        self._joint: Tensor | None = None
         sparse = config.sa_config or {"topk": 0, "q_chunk_size": 512}
         self.top_k: int = sparse["topk"]
         self.query_chunk: int = sparse["q_chunk_size"]
         self.sa_indexer = LightningIndexer(config) if config.sa_config is not None else None
+
+    def can_join(self) -> bool:
+        """Whether `joint_projection` can be made: an indexer, no biases, and no adapter on any of the projections."""
+        return self.sa_indexer is not None and all(
+            type(linear) is nn.Linear and linear.bias is None for linear in self._projections()
+        )
+
+    def joint_projection(self) -> Tensor:
+        """The weights of q, k, v and the indexer's two projections one below the other, [W, D].
+
+        Joined once: the five parameters then are views of the result, so nothing is held twice. Whoever gives a parameter
+        another storage gets a new one the next time.
+        """
+        linears = self._projections()
+        place = 0 if self._joint is None else self._joint.data_ptr()
+        for linear in linears:
+            if self._joint is None or linear.weight.data_ptr() != place:
+                break
+            place += linear.weight.nbytes
+        else:
+            assert self._joint is not None
+            return self._joint
+        self._joint = torch.cat([linear.weight.detach() for linear in linears])
+        parts = self._joint.split([len(linear.weight) for linear in linears])
+        for linear, part in zip(linears, parts, strict=True):
+            linear.weight.data = part
+        return self._joint
+
+    def _projections(self) -> tuple[nn.Linear, ...]:
+        assert self.sa_indexer is not None
+        return self.q_proj, self.k_proj, self.v_proj, self.sa_indexer.q_proj, self.sa_indexer.k_proj
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """x: [B, T, D], normalised → output [B, T, D] and, with `teach_indexer`, the divergence fp32 [B, T]."""

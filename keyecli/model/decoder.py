@@ -78,6 +78,18 @@ class TextDecoder(nn.Module):
         mean_divergence = torch.stack(divergences).mean(0) if teach_indexer else None
         return self.norm(x), mean_divergence
 
+    def rotary_tables(
+        self, position_ids: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cosines and sines of one new token of each sequence, of the heads [B, d] and of the indexer [B, e].
+
+        position_ids: int [3, B, 1]. Only for a model with an indexer.
+        """
+        assert self.config.sa_config is not None
+        cos, sin = self._tables(position_ids, self.config.head_dim, dtype)
+        index_cos, index_sin = self._tables(position_ids, self.config.sa_config["indexer_head_dim"], dtype)
+        return cos.squeeze(1), sin.squeeze(1), index_cos.squeeze(1), index_sin.squeeze(1)
+
     def _tables(self, position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sections = scale_sections(self.config.mrope_section, self.config.head_dim, dim)
         return mrope_tables(position_ids, dim, self.config.rope_theta, sections, dtype)

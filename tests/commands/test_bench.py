@@ -17,8 +17,11 @@ GPU = torch.cuda.is_available()
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "keye: keye bench measures kernels: name one, as in `keye bench kernels`"),
-        (["cats"], "keye: keye bench measures kernels: name one, as in `keye bench kernels`"),
+        ([], "keye: keye bench measures kernels, prefill, decode: name one, as in `keye bench kernels`"),
+        (
+            ["cats"],
+            "keye: keye bench measures kernels, prefill, decode: name one, as in `keye bench kernels`",
+        ),
         (
             ["kernels", "--only", "vision,cats"],
             "keye: --only names 'cats', and there is selection, attention, experts, vision",
@@ -30,6 +33,10 @@ GPU = torch.cuda.is_available()
         (
             ["kernels", "--lengths", "0"],
             "keye: --lengths is '0', but it must be numbers of tokens, as in 4096,32768",
+        ),
+        (
+            ["decode", "--only", "vision"],
+            "keye: --only chooses among the kernels: it goes with `keye bench kernels`",
         ),
     ],
 )
@@ -48,7 +55,7 @@ def test_kernels_are_measured_on_a_gpu_and_nowhere_else(keye: Keye) -> None:
     else:
         assert code == 2
         assert err == (
-            "keye: the kernels run on an NVIDIA GPU, and this machine has none that torch can use\n"
+            "keye: kernels is measured on an NVIDIA GPU, and this machine has none that torch can use\n"
         )
 
 

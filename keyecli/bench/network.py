@@ -1,0 +1,252 @@
+"""Prefill and decoding of the whole 30B-A3B decoder with random weights, so that nobody needs a download to measure them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from keyecli.bench.measure import Measurement
+from keyecli.engine.plan import PREFILL_CHUNK_TOKENS
+from keyecli.engine.static import StaticDecoder
+from keyecli.kernels import dispatch
+from keyecli.model.cache import KeyeCache
+from keyecli.model.config import KeyeVL2Config
+from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+
+# Neighbouring tokens of a video are alike, and so select much the same keys; independent ones would not. Each token is
+# this share of the one before it, the rest is new: 16 neighbours then select some 8K distinct keys of 128K.
+LIKENESS = 0.98
+DECODE_STEPS = 24
+TRANSFORMERS = "transformers' Qwen3-30B-A3B"
+
+
+def official_config() -> KeyeVL2Config:
+    """The released shape, which is the configuration's own default but for its experts and its indexer."""
+    return KeyeVL2Config(
+        num_experts=128, sa_config={"indexer_head_dim": 64, "indexer_num_heads": 16, "topk": 2048}
+    )
+
+
+def random_network(config: KeyeVL2Config) -> KeyeVL2ForConditionalGeneration:
+    """The decoder with random bf16 weights on the GPU; the vision tower stays without memory."""
+    with torch.device("meta"):
+        model: Any = KeyeVL2ForConditionalGeneration(config)
+    model = model.to(torch.bfloat16)
+    torch.manual_seed(0)
+    for part in (model.model, model.lm_head):
+        part.to_empty(device="cuda")
+        part.apply(model._init_weights)
+    return model.eval()
+
+
+def random_tokens(tokens: int, width: int, like: Tensor | None = None) -> Tensor:
+    """Embeddings [1, T, D] of which each is like the one before it; `like` [D] stands before the first."""
+    fresh = torch.randn(tokens, width, device="cuda")
+    if like is not None:
+        fresh[0] = LIKENESS * like + (1 - LIKENESS**2) ** 0.5 * fresh[0]
+    # The recurrence x_t = a x_{t-1} + b n_t a block at a time: powers of a stay within range.
+    blocks, last = [], fresh[:1]
+    for part in fresh[1:].split(256):
+        steps = torch.arange(1, len(part) + 1, device="cuda")
+        decay = LIKENESS ** (steps[:, None] - steps[None, :]).clamp(min=0)
+        mixed = decay.tril() @ (part * (1 - LIKENESS**2) ** 0.5)
+        blocks.append(mixed + LIKENESS ** steps[:, None] * last)
+        last = blocks[-1][-1:]
+    return torch.cat([fresh[:1], *blocks]).bfloat16()[None]
+
+
+def floor_flops(config: KeyeVL2Config, tokens: int) -> float:
+    """The least arithmetic of a prefill: projections, experts, index scores of the causal half, attention of selected keys."""
+    assert config.sa_config is not None
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    groups = config.num_key_value_heads * config.head_dim
+    index = config.sa_config["indexer_num_heads"] * config.sa_config["indexer_head_dim"]
+    projections = width * (2 * heads + 2 * groups + index) + width * config.sa_config["indexer_head_dim"]
+    experts = config.num_experts_per_tok * 3 * width * config.moe_intermediate_size
+    selected = min(config.sa_config["topk"], tokens)
+    pairs = 0.5 * tokens * tokens * index + 2 * tokens * selected * heads
+    return config.num_hidden_layers * 2.0 * (tokens * (projections + experts) + pairs)
+
+
+def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median and range, in seconds by the host's clock, of `repeats` runs after a first one."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
+
+
+def prefill(model: KeyeVL2ForConditionalGeneration, embeds: Tensor, chunk: int) -> Tensor:
+    """The last token's hidden state after a prefill in chunks into a new cache."""
+    tokens = embeds.shape[1]
+    cache = KeyeCache(official_config(), tokens, dtype=torch.bfloat16, device="cuda")
+    hidden = embeds
+    for begin in range(0, tokens, chunk):
+        part = embeds[:, begin : begin + chunk]
+        positions = torch.arange(begin, begin + part.shape[1], device="cuda").expand(3, 1, -1)
+        hidden = model.decode(part, positions, cache)[:, -1:]
+    return hidden
+
+
+def dense_prefill(model: KeyeVL2ForConditionalGeneration, embeds: Tensor) -> Tensor:
+    """The same weights with dense causal attention, all tokens at once, by the fastest kernel that PyTorch has for it."""
+    positions = torch.arange(embeds.shape[1], device="cuda").expand(3, 1, -1)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    model.model.mode = "dense"
+    try:
+        with sdpa_kernel(order, set_priority=True):
+            return model.decode(embeds, positions)[:, -1:]
+    finally:
+        model.model.mode = "sparse"
+
+
+@torch.inference_mode()
+def measure_prefill(lengths: Sequence[int], chunk: int = PREFILL_CHUNK_TOKENS) -> Iterator[Measurement]:
+    """For each length our prefill against our dense path; then against what transformers takes for the dense model."""
+    config = official_config()
+    ours = list(prefill_figures(random_network(config), lengths, chunk))
+    yield from ours
+    # One of the two networks at a time: together they would leave no room for a long prompt.
+    gc.collect()
+    torch.cuda.empty_cache()
+    other = transformers_network(config)
+    for tokens, figure in zip(lengths, ours, strict=True):
+        run = partial(other, inputs_embeds=random_tokens(tokens, config.hidden_size), logits_to_keep=1)
+        baseline_s, _ = timed(run, 1)
+        yield replace(figure, baseline=TRANSFORMERS, baseline_s=baseline_s)
+
+
+def prefill_figures(
+    model: KeyeVL2ForConditionalGeneration, lengths: Sequence[int], chunk: int
+) -> Iterator[Measurement]:
+    """Our prefill of each length, beside our dense path; RuntimeError when its result is not finite."""
+    config = official_config()
+    for tokens in lengths:
+        embeds = random_tokens(tokens, config.hidden_size)
+        torch.cuda.reset_peak_memory_stats()
+        if not bool(prefill(model, embeds, chunk).isfinite().all()):
+            raise RuntimeError("the prefill's result is not finite")
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        seconds, spread = timed(partial(prefill, model, embeds, chunk), 2 if tokens > 65_536 else 4)
+        dense_s, _ = timed(partial(dense_prefill, model, embeds), 1)
+        distinct = distinct_keys(model, embeds)
+        case = f"{tokens} tokens, {chunk} a chunk, 16 select {distinct:.0f}, peak {peak:.1f} GiB"
+        flops = floor_flops(config, tokens)
+        yield Measurement("prefill", case, seconds, spread, flops, 0.0, "our dense path", dense_s)
+
+
+def distinct_keys(model: KeyeVL2ForConditionalGeneration, embeds: Tensor) -> float:
+    """How many keys the last 16 tokens select together in the first layer: what the speed of attention hangs on."""
+    layer = model.model.layers[0]
+    positions = torch.arange(embeds.shape[1], device="cuda").expand(3, 1, -1)
+    tables = model.model._index_tables(positions, embeds.dtype)
+    assert tables is not None
+    assert layer.self_attn.sa_indexer is not None
+    q, gates, k = layer.self_attn.sa_indexer(layer.input_layernorm(embeds), *tables)
+    lists = dispatch.select_keys(q[:, -16:], gates[:, -16:], k, layer.self_attn.top_k)
+    return float(len(torch.unique(lists[lists >= 0])))
+
+
+def transformers_network(config: KeyeVL2Config) -> Any:
+    """Qwen3-30B-A3B of transformers with random bf16 weights: the same decoder without an indexer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    names = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "max_position_embeddings",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{name: getattr(config, name) for name in names}))
+    model = model.to(torch.bfloat16).to_empty(device="cuda")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+        # Made by its constructor, not read from a file.
+        rotary = model.model.rotary_emb
+        rotary.inv_freq.copy_(
+            10_000.0 ** -(torch.arange(0, config.head_dim, 2, device="cuda") / config.head_dim)
+        )
+    return model.eval()
+
+
+@torch.inference_mode()
+def measure_decode(lengths: Sequence[int]) -> Iterator[Measurement]:
+    """Tokens one after the other, batch 1, behind caches of these lengths; the baseline is the same network without its graph."""
+    config = official_config()
+    model = random_network(config)
+    weights = 2.0 * active_parameters(config)
+    for tokens in lengths:
+        cache = filled_cache(config, tokens + 2 * DECODE_STEPS + 8)
+        cache.advance(tokens)
+        check_step(model, cache)
+        static = StaticDecoder(model, cache)
+        seconds, spread = timed(partial(steps, static, cache, tokens), 5)
+        eager_s, _ = timed(partial(step_eagerly, model, cache, tokens), 3)
+        # Every index key is read, and the selected keys and values.
+        moved = weights + config.num_hidden_layers * 2.0 * (tokens * 64 + 2 * min(tokens, 2048) * 512)
+        yield Measurement(
+            "decoding", f"1 token behind {tokens}: {DECODE_STEPS / seconds:.0f} a second", seconds / DECODE_STEPS,
+            spread / DECODE_STEPS, 0.0, moved, "without a graph", eager_s,
+        )  # fmt: skip
+        del static, cache
+
+
+def filled_cache(config: KeyeVL2Config, room: int) -> KeyeCache:
+    cache = KeyeCache(config, room, dtype=torch.bfloat16, device="cuda")
+    assert cache.index_k is not None
+    for buffer in (cache.k, cache.v, cache.index_k):
+        for layer in buffer:
+            layer.normal_()
+    return cache
+
+
+def steps(static: StaticDecoder, cache: KeyeCache, length: int) -> None:
+    """DECODE_STEPS tokens behind the first `length`."""
+    cache.truncate(length)
+    for _ in range(DECODE_STEPS):
+        static.step([1], cache.length)
+
+
+def step_eagerly(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache, length: int) -> Tensor:
+    """The logits behind one token at place `length`, by `model.decode`."""
+    cache.truncate(length)
+    ids = torch.ones(1, 1, dtype=torch.int64, device="cuda")
+    positions = torch.full((3, 1, 1), length, device="cuda")
+    return model.logits(model.decode(model.embed(ids), positions, cache))[0, 0]
+
+
+def check_step(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache) -> None:
+    """RuntimeError unless a step from the graph gives the logits of `model.decode`, but for rounding through 48 layers."""
+    length = cache.length
+    expected = step_eagerly(model, cache, length)
+    cache.truncate(length)
+    actual = StaticDecoder(model, cache).step([1], length)[0]
+    likeness = float(torch.nn.functional.cosine_similarity(actual.double(), expected.double(), dim=0))
+    if not likeness > 0.99:
+        raise RuntimeError(f"a step's logits have cosine {likeness:.4f} with those of the model")
+
+
+def active_parameters(config: KeyeVL2Config) -> float:
+    """What one token reads: everything of a layer but the experts it is not routed to, and the language head."""
+    assert config.sa_config is not None
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    groups = config.num_key_value_heads * config.head_dim
+    index_dim, index_heads = config.sa_config["indexer_head_dim"], config.sa_config["indexer_num_heads"]
+    attention = width * (2 * heads + 2 * groups + index_heads * index_dim + index_heads + index_dim)
+    experts = width * (
+        config.num_experts_per_tok * 3 * config.moe_intermediate_size + (config.num_experts or 0)
+    )
+    return float(config.num_hidden_layers * (attention + experts) + width * config.vocab_size)
