@@ -45,6 +45,9 @@ def random_network(config: KeyeVL2Config) -> KeyeVL2ForConditionalGeneration:
     for part in (model.model, model.lm_head):
         part.to_empty(device="cuda")
         part.apply(model._init_weights)
+    with torch.no_grad():
+        # As large as what the layers add, or each would multiply the rounding of the one before.
+        model.model.embed_tokens.weight.normal_()
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("indexer", "selection", "unions", "attention", "decode", "experts", "vision")
+MODULES = ("indexer", "selection", "unions", "attention", "decode", "experts", "vision", "step")
 # The most shared memory that one block may ask for, in bytes, by compute capability.
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
 
-# Scores are stored in whole tiles, so a row of the output is padded to a multiple of this, the widest tile of keys.
+# Scores are stored in whole tiles, so a row of the output is padded to a multiple of this, and so of every tile of keys.
 ROW_PADDING = 256
 # Up to here every query goes alone with its heads as the narrow side of the product: a tile of 64 queries would be idle.
 FEW_QUERIES = 4
@@ -49,11 +49,9 @@ def score_tiles(capability: int, element_bytes: int, heads: int, dim: int) -> Sc
         # No matrix unit multiplies fp32 exactly; this is for tests and small models.
         return ScoreTiles(32, 64, 4, 2, resident=False, blocks_per_processor=2)
     if capability == 90 and heads <= 16 and 64 * heads * dim * element_bytes <= 128 * 1024:
-        # Two warp groups, each 64 queries × 128 keys. No barrier stands between the heads, so one group's ReLU and gates
-        # run while the other's product does.
-        return ScoreTiles(64, 256, 8, 1, resident=True, blocks_per_processor=1)
+        return ScoreTiles(64, 128, 8, 1, resident=True, blocks_per_processor=1)
     if capability == 90:
-        return ScoreTiles(64, 256, 8, 3, resident=False, blocks_per_processor=1)
+        return ScoreTiles(64, 128, 4, 3, resident=False, blocks_per_processor=2)
     return ScoreTiles(64, 128, 8, 3, resident=False, blocks_per_processor=2)
 
 
@@ -261,8 +259,8 @@ def _scores(
                 total = add_head(total, heads[j], keys, gate, PINNED)
             # Asked for here, the next keys arrive while this tile is stored; one tile earlier there is no room for them.
             keys = load_keys(k, k_offsets, local, start + TILE_K, k_row, S, E, E_PADDED, DECODE)
-            # Rearranging the whole tile for wide stores would take more shared memory than the heads leave: two halves,
-            # cut so that each warp group keeps its own columns.
+            # Rearranging the whole tile for wide stores would take more registers and shared memory than there are: two
+            # halves, cut so that each warp group keeps its own columns.
             quarters = tl.permute(tl.reshape(total, (TILE_Q, 2, 2, TILE_K // 4)), (0, 1, 3, 2))
             even, odd = tl.split(quarters)
             half = tl.arange(0, TILE_K // 2)
