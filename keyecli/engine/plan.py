@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from keyecli.model.config import KeyeVL2Config
 
 ENCODE_GROUP_PATCHES = 8192
-PREFILL_CHUNK_TOKENS = 2048
+# On a GPU larger: each expert of 128 then has enough rows to fill tall tiles.
+PREFILL_CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4
@@ -265,6 +266,11 @@ def merge_area(config: KeyeVL2Config) -> int:
     return config.vision_config.spatial_merge_size**2
 
 
+def prefill_chunk_tokens(device: str) -> int:
+    """How many tokens of a prompt go through the decoder at once."""
+    return PREFILL_CHUNK_TOKENS[device.partition(":")[0]]
+
+
 def frames_per_group(patches_per_frame: int) -> int:
     """How many frames go through the vision tower together."""
     return max(1, ENCODE_GROUP_PATCHES // patches_per_frame)
@@ -292,10 +298,12 @@ def prefill_workspace_bytes(
     config: KeyeVL2Config, tokens: int, dtype_bytes: int, device: str, kernels: Backend
 ) -> int:
     """One chunk of the prompt in the decoder: activations, selection, attention, one token's logits."""
-    chunk = min(PREFILL_CHUNK_TOKENS, tokens)
+    chunk = min(prefill_chunk_tokens(device), tokens)
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     if config.num_experts:
-        routed = config.num_experts_per_tok * (4 * config.hidden_size + 4 * config.moe_intermediate_size)
+        # The definition copies rows in and out and holds gate, up and their product; the kernels write two buffers.
+        copies = 1 if kernels == "triton" else 4
+        routed = config.num_experts_per_tok * copies * (config.hidden_size + config.moe_intermediate_size)
     else:
         routed = 4 * config.intermediate_size
     activations = chunk * (4 * config.hidden_size + heads + routed) * dtype_bytes

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from keyecli.kernels import dispatch
-from keyecli.kernels.reference import StepShape
 from keyecli.model.attention import SparseAttention
 from keyecli.model.cache import KeyeCache
 from keyecli.model.decoder import DecoderLayer
-from keyecli.model.indexer import NORM_EPS
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 
 
@@ -95,23 +92,9 @@ class StaticDecoder:
         tables: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
         """normed [B, D] → what attention adds, [B, D]; writes the new token's keys and values."""
-        indexer, cache = attention.sa_indexer, self._cache
-        assert indexer is not None
+        cache = self._cache
         assert cache.index_k is not None
-        q, index_q, gates = dispatch.place_projections(
-            F.linear(normed, attention.joint_projection()),
-            tables,
-            self._lengths,
-            (
-                attention.q_norm.weight, attention.k_norm.weight, indexer.q_norm.weight, indexer.k_norm.weight,
-                indexer.k_norm.bias,
-            ),
-            (cache.k[layer], cache.v[layer], cache.index_k[layer]),
-            StepShape(
-                attention.heads, attention.groups, attention.dim, indexer.heads, indexer.dim, attention.q_norm.eps, NORM_EPS
-            ),
-            "triton",
-        )  # fmt: skip
+        q, index_q, gates = attention.place(normed[:, None], tables, self._lengths, cache)
         indices = dispatch.select_keys(
             index_q, gates, cache.index_k[layer], attention.top_k, None, self._lengths, backend="triton"
         )

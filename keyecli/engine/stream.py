@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from keyecli.engine.loaded import LoadedModel, OnProgress, torch_dtype
-from keyecli.engine.plan import ENCODE_GROUP_PATCHES, PREFILL_CHUNK_TOKENS, InputPlan, merge_area
+from keyecli.engine.plan import ENCODE_GROUP_PATCHES, InputPlan, merge_area, prefill_chunk_tokens
 from keyecli.model.cache import KeyeCache
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 from keyecli.model.prompt import Prompt, Visual
@@ -46,10 +46,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Sizes of the stream's steps; they change memory and speed, never the result."""
+    """Sizes of the stream's steps; they change memory and speed, never the result. chunk_tokens None: by the device."""
 
     group_patches: int = ENCODE_GROUP_PATCHES
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def prefill_stream(
     settings = settings or StreamSettings()
     timings = timings or Timings(device=loaded.device)
     visuals = [visual_of(item) for item in inputs]
-    feeder = PromptFeeder(loaded.model, cache, lay_out(visuals), settings.chunk_tokens)
+    chunk_tokens = settings.chunk_tokens or prefill_chunk_tokens(loaded.device)
+    feeder = PromptFeeder(loaded.model, cache, lay_out(visuals), chunk_tokens)
     total_frames = sum(item.sampling.frames for item in inputs)
     came: list[tuple[Fraction, ...]] = []
 

@@ -357,18 +357,19 @@ def place_projections(
     caches: tuple[Tensor, Tensor, Tensor],
     shape: StepShape,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One new token of B sequences after its joint projection: norms, rotary, and the caches written.
+    """T new tokens of B sequences after their joint projection: norms, rotary, and the caches written.
 
-    projected: [B, (H + 2G) · d + J · e + J + e], q, k, v, the indexer's queries, its gates, its key. tables: cos and sin [B, d] of
-    the heads, cos and sin [B, e] of the indexer, the first half of a row equal to its second. lengths: int [B], where each sequence's
-    new token belongs. norms: weights of q and k [d], of the indexer's queries [e], weight and bias of its key [e]. caches: k and v
-    [B, S, G, d], indexer keys [B, S, e]. Returns q [B, 1, H, d], indexer queries [B, 1, J, e] and gates [B, 1, J].
+    projected: [B, T, (H + 2G) · d + J · e + J + e], q, k, v, the indexer's queries, its gates, its key. tables: cos and sin
+    [B, T, d] of the heads, cos and sin [B, T, e] of the indexer, the first half of a row equal to its second. lengths: int [B],
+    where each sequence's first new token belongs. norms: weights of q and k [d], of the indexer's queries [e], weight and bias
+    of its key [e]. caches: k and v [B, S, G, d], indexer keys [B, S, e]. Returns q [B, T, H, d], indexer queries [B, T, J, e]
+    and gates [B, T, J].
     """
     heads, groups, dim = shape.heads, shape.groups, shape.dim
     index_heads, index_dim = shape.index_heads, shape.index_dim
     widths = [heads * dim, groups * dim, groups * dim, index_heads * index_dim, index_heads, index_dim]
     q, k, v, iq, gates, ik = projected.split(widths, dim=-1)
-    cos, sin, index_cos, index_sin = (table[:, None] for table in tables)
+    cos, sin, index_cos, index_sin = (table[:, :, None] for table in tables)
     q_weight, k_weight, iq_weight, ik_weight, ik_bias = norms
 
     def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -379,12 +380,13 @@ def place_projections(
     k = F.rms_norm(k.unflatten(-1, (groups, dim)), (dim,), k_weight, shape.eps)
     iq = F.rms_norm(iq.unflatten(-1, (index_heads, index_dim)), (index_dim,), iq_weight, shape.index_eps)
     normed = F.layer_norm(ik.float(), (index_dim,), ik_weight.float(), ik_bias.float(), shape.index_eps)
-    rows = torch.arange(len(projected), device=projected.device)
+    rows = torch.arange(len(projected), device=projected.device)[:, None]
+    places = lengths.long()[:, None] + torch.arange(projected.shape[1], device=projected.device)
     k_cache, v_cache, ik_cache = caches
-    k_cache[rows, lengths.long()] = rotated(k, cos, sin)
-    v_cache[rows, lengths.long()] = v.unflatten(-1, (groups, dim))
-    ik_cache[rows, lengths.long()] = rotated(normed.to(ik.dtype)[:, None], index_cos, index_sin)[:, 0]
-    return rotated(q, cos, sin)[:, None], rotated(iq, index_cos, index_sin)[:, None], gates[:, None]
+    k_cache[rows, places] = rotated(k, cos, sin)
+    v_cache[rows, places] = v.unflatten(-1, (groups, dim))
+    ik_cache[rows, places] = rotated(normed.to(ik.dtype)[:, :, None], index_cos, index_sin)[:, :, 0]
+    return rotated(q, cos, sin), rotated(iq, index_cos, index_sin), gates
 
 
 def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""What stands between the matrix products of one decoding step, in Triton: residual and norm; norms, rotary and cache.
+"""What stands between the matrix products of new tokens, in Triton: residual and norm; norms, rotary and cache.
 
 `reference.add_norm` and `reference.place_projections` are the definitions. A step of one token spends as long on starting
-kernels as on reading weights, so all that happens to a projection before attention is one kernel, and all that happens
-between two blocks is another.
+kernels as on reading weights, and a prompt's tokens would be read and written six times over, so all that happens to a
+projection before attention is one kernel, and all that happens between two blocks of a step is another.
 
-B sequences of one new token each, S room of the cache, D width, H query heads, G key/value heads, d head dim, J indexer
+B sequences of T new tokens each, S room of the cache, D width, H query heads, G key/value heads, d head dim, J indexer
 heads, e indexer dim. A row of the joint projection is q, k, v, the indexer's queries, its gates, its key:
 W = (H + 2G) · d + J · e + J + e.
 """
@@ -58,19 +58,24 @@ def _head(source, START, HALF: tl.constexpr, columns, inside):
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _place_kernel(
-    projected, cos, sin, index_cos, index_sin, lengths, q_weight, k_weight, iq_weight, ik_weight, ik_bias,
+    projected, cos, sin, index_cos, index_sin, lengths, T, q_weight, k_weight, iq_weight, ik_weight, ik_bias,
     q, k_cache, v_cache, iq, gates, ik_cache, projected_row,
     k_batch, k_token, v_batch, v_token, ik_batch, ik_token, eps, index_eps,
     H: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, J: tl.constexpr, J_PADDED: tl.constexpr,
     INDEX_DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence a program: the query heads, the key/value heads, the indexer's queries, its key with its gates."""
-    part = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    place = tl.load(lengths + sequence).to(tl.int64)
-    row = projected + sequence * projected_row
+    """One head of one token a program: the query heads, the key/value heads, the indexer's queries, its key with its gates.
+
+    Heads run side by side: they lie beside each other, and a GPU takes few programs along its second axis.
+    """
+    parts: tl.constexpr = H + G + J + 1
+    part = tl.program_id(0) % parts
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    sequence = token // T
+    place = tl.load(lengths + sequence).to(tl.int64) + token % T
+    row = projected + token * projected_row
     kind: tl.constexpr = projected.dtype.element_ty
     half: tl.constexpr = DIM // 2
     index_half: tl.constexpr = INDEX_DIM // 2
@@ -86,12 +91,12 @@ def _place_kernel(
         first = (first * scale * gain).to(kind).to(tl.float32)
         second = (second * scale * other_gain).to(kind).to(tl.float32)
         # Both halves of a table are the same.
-        cosine = tl.load(cos + sequence * DIM + columns, mask=inside, other=0.0).to(tl.float32)
-        sine = tl.load(sin + sequence * DIM + columns, mask=inside, other=0.0).to(tl.float32)
+        cosine = tl.load(cos + token * DIM + columns, mask=inside, other=0.0).to(tl.float32)
+        sine = tl.load(sin + token * DIM + columns, mask=inside, other=0.0).to(tl.float32)
         low = _rotated(first, -second, cosine, sine, kind)
         high = _rotated(second, first, cosine, sine, kind)
         if is_query:
-            target = q + (sequence * H + part) * DIM
+            target = q + (token * H + part) * DIM
             tl.store(target + columns, low, mask=inside)
             tl.store(target + half + columns, high, mask=inside)
         else:
@@ -107,8 +112,8 @@ def _place_kernel(
         inside = columns < index_half
         head = part - (H + G)
         start = (H + 2 * G) * DIM
-        cosine = tl.load(index_cos + sequence * INDEX_DIM + columns, mask=inside, other=0.0).to(tl.float32)
-        sine = tl.load(index_sin + sequence * INDEX_DIM + columns, mask=inside, other=0.0).to(tl.float32)
+        cosine = tl.load(index_cos + token * INDEX_DIM + columns, mask=inside, other=0.0).to(tl.float32)
+        sine = tl.load(index_sin + token * INDEX_DIM + columns, mask=inside, other=0.0).to(tl.float32)
         if head < J:
             first, second = _head(row, start + head * INDEX_DIM, index_half, columns, inside)
             squares = tl.sum(first * first, 0) + tl.sum(second * second, 0)
@@ -117,11 +122,11 @@ def _place_kernel(
             other_gain = tl.load(iq_weight + index_half + columns, mask=inside, other=0.0).to(tl.float32)
             first = (first * scale * gain).to(kind).to(tl.float32)
             second = (second * scale * other_gain).to(kind).to(tl.float32)
-            target = iq + (sequence * J + head) * INDEX_DIM
+            target = iq + (token * J + head) * INDEX_DIM
         else:
             heads = tl.arange(0, J_PADDED)
             all_gates = tl.load(row + start + J * INDEX_DIM + heads, mask=heads < J, other=0.0)
-            tl.store(gates + sequence * J + heads, all_gates, mask=heads < J)
+            tl.store(gates + token * J + heads, all_gates, mask=heads < J)
             first, second = _head(row, start + J * INDEX_DIM + J, index_half, columns, inside)
             mean = (tl.sum(first, 0) + tl.sum(second, 0)) / INDEX_DIM
             first = tl.where(inside, first - mean, 0.0)
@@ -162,14 +167,16 @@ def place_projections(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.place_projections`; one kernel, no copies, nothing that a CUDA graph cannot hold."""
     k_cache, v_cache, ik_cache = caches
-    batch, kind, device = len(projected), projected.dtype, projected.device
-    q = torch.empty((batch, 1, shape.heads, shape.dim), dtype=kind, device=device)
-    iq = torch.empty((batch, 1, shape.index_heads, shape.index_dim), dtype=kind, device=device)
-    gates = torch.empty((batch, 1, shape.index_heads), dtype=kind, device=device)
+    batch, tokens, width = projected.shape
+    kind, device = projected.dtype, projected.device
+    rows = projected.reshape(-1, width)
+    q = torch.empty((batch, tokens, shape.heads, shape.dim), dtype=kind, device=device)
+    iq = torch.empty((batch, tokens, shape.index_heads, shape.index_dim), dtype=kind, device=device)
+    gates = torch.empty((batch, tokens, shape.index_heads), dtype=kind, device=device)
     parts = shape.heads + shape.groups + shape.index_heads + 1
-    _place_kernel[(parts, batch)](
-        projected, *tables, lengths, *norms, q, k_cache, v_cache, iq, gates, ik_cache, projected.stride(0),
-        *k_cache.stride()[:2], *v_cache.stride()[:2], *ik_cache.stride()[:2], shape.eps, shape.index_eps,
+    _place_kernel[(parts * batch * tokens,)](
+        rows, *(table.contiguous() for table in tables), lengths, tokens, *norms, q, k_cache, v_cache, iq, gates, ik_cache,
+        rows.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2], *ik_cache.stride()[:2], shape.eps, shape.index_eps,
         H=shape.heads, G=shape.groups, DIM=shape.dim, J=shape.index_heads, J_PADDED=triton.next_power_of_2(shape.index_heads),
         INDEX_DIM=shape.index_dim, HALF_PADDED=triton.next_power_of_2(max(shape.dim, shape.index_dim) // 2), num_warps=1,
     )  # fmt: skip
@@ -205,7 +212,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         elif name.endswith(("_batch", "_token", "_row")):
             place[name] = "i64"
         else:
-            place[name] = "*i32" if name == "lengths" else "*bf16"
+            place[name] = {"lengths": "*i32", "T": "i32"}.get(name, "*bf16")
     aligned = tuple(name for name, kind in place.items() if kind.startswith("*") or kind == "i64")
     return [
         CompileCase(

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keyecli.kernels import dispatch, reference
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
-from keyecli.model.indexer import LightningIndexer, RMSNorm
+from keyecli.model.indexer import NORM_EPS, LightningIndexer, RMSNorm
 from keyecli.model.rope import rotate_half_split
 
 AttentionMode = Literal["sparse", "dense"]
@@ -34,7 +35,8 @@ class AttentionContext:
     rope, index_rope: (cos, sin), [B, T, d] and [B, T, e]. segments: int [B, T] without a cache, see
     `reference.visible_keys`; the first `shared_prefix` tokens of every row are then its segment 0 and its padding.
     `mode` "dense" ignores the selection (warm-up of the indexer, and comparisons). `teach_indexer` also returns the
-    divergence between attention and indexer.
+    divergence between attention and indexer. `lengths`, int [B] on the device, is how many tokens the cache holds: given where
+    the kernels place new tokens themselves.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -44,6 +46,7 @@ class AttentionContext:
     shared_prefix: int = 0
     mode: AttentionMode = "sparse"
     teach_indexer: bool = False
+    lengths: Tensor | None = None
 
 
 class SparseAttention(nn.Module):
@@ -72,6 +75,16 @@ class SparseAttention(nn.Module):
         self.top_k: int = sparse["topk"]
         self.query_chunk: int = sparse["q_chunk_size"]
         self.sa_indexer = LightningIndexer(config) if config.sa_config is not None else None
+        if self.sa_indexer is not None:
+            self._shape = reference.StepShape(
+                self.heads,
+                self.groups,
+                self.dim,
+                self.sa_indexer.heads,
+                self.sa_indexer.dim,
+                config.rms_norm_eps,
+                NORM_EPS,
+            )
 
     def can_join(self) -> bool:
         """Whether `joint_projection` can be made: an indexer, no biases, and no adapter on any of the projections."""
@@ -100,12 +113,37 @@ class SparseAttention(nn.Module):
             linear.weight.data = part
         return self._joint
 
+    def place(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor, Tensor, Tensor],
+        lengths: Tensor,
+        cache: KeyeCache,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project T new tokens of each sequence together and write their keys and values into the cache, by the kernels.
+
+        x: [B, T, D]; tables: see `TextDecoder.rotary_tables`; lengths: int [B] on the device, how many tokens each sequence
+        holds. Returns q [B, T, H, d], the indexer's queries [B, T, J, e] and gates [B, T, J].
+        """
+        indexer = self.sa_indexer
+        assert indexer is not None
+        assert cache.index_k is not None
+        norms = (
+            self.q_norm.weight, self.k_norm.weight, indexer.q_norm.weight, indexer.k_norm.weight, indexer.k_norm.bias
+        )  # fmt: skip
+        return dispatch.place_projections(
+            F.linear(x, self.joint_projection()), tables, lengths, norms,
+            (cache.k[self.layer], cache.v[self.layer], cache.index_k[self.layer]), self._shape, "triton",
+        )  # fmt: skip
+
     def _projections(self) -> tuple[nn.Linear, ...]:
         assert self.sa_indexer is not None
         return self.q_proj, self.k_proj, self.v_proj, self.sa_indexer.q_proj, self.sa_indexer.k_proj
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """x: [B, T, D], normalised → output [B, T, D] and, with `teach_indexer`, the divergence fp32 [B, T]."""
+        if context.lengths is not None and context.cache is not None and self.can_join():
+            return self._placed(x, context), None
         q, k, v = self.project(x, *context.rope)
         index: IndexerOutput | None = None
         # In a dense pass nobody reads the indexer, unless a cache keeps its keys for later or it is being taught.
@@ -130,6 +168,22 @@ class SparseAttention(nn.Module):
         else:
             attended, divergence = self._dense(q, k, v, context), None
         return self.o_proj(attended.flatten(2)), divergence
+
+    def _placed(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """The same by the kernels, with a cache and without gradients."""
+        assert context.cache is not None
+        assert context.index_rope is not None
+        assert context.lengths is not None
+        tables = (*context.rope, *context.index_rope)
+        k, v, index_k = context.cache.room(self.layer, x.shape[1])
+        q, index_q, gates = self.place(x, tables, context.lengths, context.cache)
+        assert index_k is not None
+        index = (index_q, gates, index_k)
+        selects = context.mode == "sparse" and k.shape[1] > self.top_k
+        if self.observer is not None:
+            self.observer(self.layer, q, k, v, index if selects else None)
+        attended = self._listed(q, k, v, index, context)[0] if selects else self._dense(q, k, v, context)
+        return self.o_proj(attended.flatten(2))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, T, D]; cos, sin: [B, T, d] → q [B, T, H, d], k and v [B, T, G, d], normalised and rotated."""

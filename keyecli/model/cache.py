@@ -41,15 +41,21 @@ class KeyeCache:
 
         k, v: [B, T, G, d]; index_k: [B, T, e]. Returns views of length `length + T`. ValueError when there is no room.
         """
-        end = self.length + k.shape[1]
+        all_k, all_v, all_index_k = self.room(layer, k.shape[1])
+        all_k[:, self.length :] = k
+        all_v[:, self.length :] = v
+        if all_index_k is None or index_k is None:
+            return all_k, all_v, None
+        all_index_k[:, self.length :] = index_k
+        return all_k, all_v, all_index_k
+
+    def room(self, layer: int, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One layer up to and including `tokens` more, which somebody else writes; ValueError when there is no room."""
+        end = self.length + tokens
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens and {end} were asked for")
-        self.k[layer, :, self.length : end] = k
-        self.v[layer, :, self.length : end] = v
-        if self.index_k is None or index_k is None:
-            return self.k[layer, :, :end], self.v[layer, :, :end], None
-        self.index_k[layer, :, self.length : end] = index_k
-        return self.k[layer, :, :end], self.v[layer, :, :end], self.index_k[layer, :, :end]
+        index_k = None if self.index_k is None else self.index_k[layer, :, :end]
+        return self.k[layer, :, :end], self.v[layer, :, :end], index_k
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` appended tokens as filled."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from keyecli.kernels import dispatch
 from keyecli.model.attention import AttentionContext, AttentionMode, SparseAttention
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
@@ -68,6 +69,7 @@ class TextDecoder(nn.Module):
             shared_prefix=shared_prefix,
             mode=self.mode,
             teach_indexer=teach_indexer,
+            lengths=self._placed_lengths(inputs_embeds, cache, teach_indexer),
         )
         x, divergences = inputs_embeds, []
         for layer in self.layers:
@@ -78,17 +80,31 @@ class TextDecoder(nn.Module):
         mean_divergence = torch.stack(divergences).mean(0) if teach_indexer else None
         return self.norm(x), mean_divergence
 
+    def _placed_lengths(self, x: Tensor, cache: KeyeCache | None, teach_indexer: bool) -> Tensor | None:
+        """`AttentionContext.lengths` where the kernels may place new tokens: with a cache, without anything to differentiate."""
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)
+        backend = dispatch.backend_of(x, first.self_attn.backend)
+        if (
+            cache is None
+            or cache.index_k is None
+            or teach_indexer
+            or torch.is_grad_enabled()
+            or backend != "triton"
+        ):
+            return None
+        return torch.full((len(x),), cache.length, dtype=torch.int32, device=x.device)
+
     def rotary_tables(
         self, position_ids: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cosines and sines of one new token of each sequence, of the heads [B, d] and of the indexer [B, e].
+        """Cosines and sines of the heads [B, T, d] and of the indexer [B, T, e]; only for a model with an indexer.
 
-        position_ids: int [3, B, 1]. Only for a model with an indexer.
+        position_ids: int [3, B, T].
         """
-        assert self.config.sa_config is not None
-        cos, sin = self._tables(position_ids, self.config.head_dim, dtype)
-        index_cos, index_sin = self._tables(position_ids, self.config.sa_config["indexer_head_dim"], dtype)
-        return cos.squeeze(1), sin.squeeze(1), index_cos.squeeze(1), index_sin.squeeze(1)
+        index_tables = self._index_tables(position_ids, dtype)
+        assert index_tables is not None
+        return *self._tables(position_ids, self.config.head_dim, dtype), *index_tables
 
     def _tables(self, position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sections = scale_sections(self.config.mrope_section, self.config.head_dim, dim)

@@ -111,8 +111,8 @@ def test_worked_plan_of_an_hour(official: KeyeVL2Config) -> None:
     assert plan.memory.weights_bytes == 62_244_164_320
     assert plan.memory.cache_bytes == (plan.prompt_tokens + 2048) * 104_448
     assert gib(plan.memory.cache_bytes) == "18.5 GiB"
-    # A fixed workspace: the scores of 512 queries, not of all.
-    assert 2 * GIB < plan.memory.workspace_bytes < 4 * GIB
+    # A fixed workspace: the scores of 512 queries and the experts of 8192 tokens, not of all.
+    assert 3 * GIB < plan.memory.workspace_bytes < 5 * GIB
     assert plan.needed_bytes == plan.memory.total_bytes
 
 

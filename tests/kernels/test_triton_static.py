@@ -40,19 +40,19 @@ def test_residual_and_norm(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_projections_find_their_places(shape: StepShape, dtype: torch.dtype) -> None:
-    """Rows of a wider matrix, another place for each sequence; nothing else in the caches changes."""
+    """Three tokens each, rows of a wider matrix, another place for each sequence; nothing else in the caches changes."""
     width = (
         (shape.heads + 2 * shape.groups) * shape.dim
         + shape.index_heads * (shape.index_dim + 1)
         + shape.index_dim
     )
-    projected = torch.randn(2, width + 5, device=DEVICE).to(dtype)[:, :width]
+    projected = torch.randn(2, 3, width + 5, device=DEVICE).to(dtype)[..., :width]
     angles, index_angles = (
-        torch.randn(2, shape.dim // 2, device=DEVICE),
-        torch.randn(2, shape.index_dim // 2, device=DEVICE),
+        torch.randn(2, 3, shape.dim // 2, device=DEVICE),
+        torch.randn(2, 3, shape.index_dim // 2, device=DEVICE),
     )
     tables = tuple(
-        turn(x).repeat(1, 2).to(dtype) for x in (angles, index_angles) for turn in (torch.cos, torch.sin)
+        turn(x).repeat(1, 1, 2).to(dtype) for x in (angles, index_angles) for turn in (torch.cos, torch.sin)
     )
     dims = (shape.dim, shape.dim, shape.index_dim, shape.index_dim, shape.index_dim)
     norms = tuple((1 + 0.2 * torch.randn(dim, device=DEVICE)).to(dtype) for dim in dims)
