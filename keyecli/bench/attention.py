@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -11,16 +12,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keyecli.bench.measure import Measurement, relative_error, time_device
-from keyecli.kernels import attention, decode, reference, unions
+from keyecli.kernels import attention, decode, reference, selection, unions
 
 HEADS, GROUPS, DIM, TOP_K = 32, 4, 128, 2048
+INDEX_HEADS, INDEX_DIM = 16, 64
 # Queries are timed a slice at a time: what a slice costs follows from how many keys stand before it.
 SLICE_QUERIES = 4096
+# The indexer's scores are made and looked through for so many queries at a time.
+INDEX_QUERIES = 1024
 # Where the slices of a layer's estimate have their middle: the midpoint rule, exact for dense attention.
 MIDPOINTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 # Caches that decoding goes through in turn, so that their selected rows are more than the second-level cache holds.
 DECODE_LAYERS = 16
 TIME_BUDGET_S = 0.05
+# A whole layer of dense attention is repeated for so long, but at least twice.
+LAYER_BUDGET_S = 0.5
 LONGEST_GRADIENT = 32_768
 TOLERANCE = 1e-2
 
@@ -76,8 +82,11 @@ def check(name: str, actual: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"{name}: relative error {error:.3g} against the definition")
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Callable[[], Tensor]:
-    """PyTorch's attention of every query over all the keys given: q [B, T, H, d], k and v [B, S, G, d].
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, causal: bool = False
+) -> Callable[[], Tensor]:
+    """PyTorch's attention of every query over all the keys given, or, with as many queries as keys, over those up to its own:
+    q [B, T, H, d], k and v [B, S, G, d].
 
     Keys and values are repeated for every head, before the time is taken, where the backend has no grouped form.
     """
@@ -85,7 +94,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Cal
     def attend(keys: Tensor, values: Tensor, grouped: bool) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), enable_gqa=grouped
+                q.transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                is_causal=causal,
+                enable_gqa=grouped,
             )
 
     try:
@@ -109,7 +122,7 @@ def random_tensor(*shape: int) -> Tensor:
 
 
 def measure_prefill(length: int) -> Iterator[Measurement]:
-    """The last slice by every method and backend, then a whole layer from four slices."""
+    """The last slice by every method and backend, then a whole layer."""
     queries = min(SLICE_QUERIES, length // 4)
     k, v = random_tensor(1, length, GROUPS, DIM), random_tensor(1, length, GROUPS, DIM)
     q = random_tensor(1, queries, HEADS, DIM)
@@ -119,7 +132,14 @@ def measure_prefill(length: int) -> Iterator[Measurement]:
     if length <= LONGEST_GRADIENT:
         yield measure_gradient(q, k, v, indices)
 
-    sparse_s = dense_s = spread_s = flops = moved = 0.0
+    yield from measure_layer(q, k, v)
+
+
+def measure_layer(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Measurement]:
+    """What all queries of a prompt take in one layer, from slices: attention alone, and with the indexer's scores and the
+    selection, which a dense layer does without. The dense layer is also one call over all."""
+    length, queries = k.shape[1], q.shape[1]
+    attention_s = attention_spread_s = index_s = index_spread_s = dense_s = flops = moved = index_flops = 0.0
     for midpoint in MIDPOINTS:
         end = int(midpoint * length) + queries // 2
         k_seen, v_seen = k[:, :end], v[:, :end]
@@ -129,18 +149,57 @@ def measure_prefill(length: int) -> Iterator[Measurement]:
         seconds, spread = time_device(run, TIME_BUDGET_S)
         dense = seen_on_average(q, k_seen, v_seen, SDPBackend.CUDNN_ATTENTION)
         dense_s += time_device(dense, TIME_BUDGET_S)[0]
-        sparse_s, spread_s, flops, moved = (
-            sparse_s + seconds,
-            spread_s + spread,
-            flops + least[0],
-            moved + least[1],
-        )
+        attention_s, attention_spread_s = attention_s + seconds, attention_spread_s + spread
+        flops, moved = flops + least[0], moved + least[1]
+        seconds, spread = measure_index(int(midpoint * length) + INDEX_QUERIES // 2)
+        index_s, index_spread_s = index_s + seconds, index_spread_s + spread
+        index_flops += 2.0 * INDEX_QUERIES * midpoint * length * INDEX_HEADS * INDEX_DIM
     share = length / (len(MIDPOINTS) * queries)
-    yield Measurement(
-        "sparse attention, chosen method", f"layer of {length} tokens, midpoint rule over {len(MIDPOINTS)} slices",
-        share * sparse_s, share * spread_s, share * flops, share * moved,
-        "cuDNN dense causal, same slices", share * dense_s,
-    )  # fmt: skip
+    index_share = length / (len(MIDPOINTS) * INDEX_QUERIES)
+    whole_s = whole_layer(length)
+    baselines = {"cuDNN dense causal, same slices": share * dense_s}
+    if whole_s is not None:
+        baselines["cuDNN dense causal, whole layer"] = whole_s
+    case = f"layer of {length} tokens, midpoint rule over {len(MIDPOINTS)} slices"
+    for name, seconds in baselines.items():
+        yield Measurement(
+            "sparse attention, chosen method", case, share * attention_s, share * attention_spread_s,
+            share * flops, share * moved, name, seconds,
+        )  # fmt: skip
+    for name, seconds in baselines.items():
+        yield Measurement(
+            "index, selection and attention", case, share * attention_s + index_share * index_s,
+            share * attention_spread_s + index_share * index_spread_s,
+            share * flops + index_share * index_flops, share * moved, name, seconds,
+        )  # fmt: skip
+
+
+def measure_index(keys: int) -> tuple[float, float]:
+    """Seconds and spread of scores and selection for the last 1024 queries of so many keys."""
+    queries = min(INDEX_QUERIES, keys)
+    q, w = random_tensor(1, queries, INDEX_HEADS, INDEX_DIM), random_tensor(1, queries, INDEX_HEADS)
+    k = random_tensor(1, keys, INDEX_DIM)
+    return time_device(partial(selection.select_keys, q, w, k, TOP_K), TIME_BUDGET_S)
+
+
+def whole_layer(length: int) -> float | None:
+    """Median seconds of dense causal attention of every query of a prompt in one call; None where memory does not hold it."""
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times: list[float] = []
+    try:
+        q = random_tensor(1, length, HEADS, DIM)
+        k, v = random_tensor(1, length, GROUPS, DIM), random_tensor(1, length, GROUPS, DIM)
+        attend = dense_attention(q, k, v, SDPBackend.CUDNN_ATTENTION, causal=True)
+        attend()
+        while len(times) < 2 or sum(times) < LAYER_BUDGET_S:
+            first.record()
+            attend()
+            last.record()
+            last.synchronize()
+            times.append(first.elapsed_time(last) / 1e3)
+    except torch.OutOfMemoryError:
+        return None
+    return statistics.median(times)
 
 
 def check_prefill(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
@@ -159,9 +218,13 @@ def check_prefill(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
 def measure_slice(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[Measurement]:
     """Each method on the last queries, the lists that the union method builds first, and the probabilities."""
     length, queries = k.shape[1], q.shape[1]
-    chunk = next(unions.chunks(indices, length))
-    distinct = float(chunk.unions().counts.float().mean())
-    case = f"last {queries} of {length}, {distinct:.0f} distinct keys a group"
+    of_group = queries_of_group(q, k)
+
+    def lists() -> list[Tensor]:
+        return [chunk.unions().counts for chunk in unions.chunks(indices, length, of_group, "unions")]
+
+    distinct = float(torch.cat(lists()).float().mean())
+    case = f"last {queries} of {length}, {distinct:.0f} distinct keys for {of_group} queries"
     flops, moved = least_work(indices)
     backends = {"cuDNN dense": SDPBackend.CUDNN_ATTENTION, "Flash dense": SDPBackend.FLASH_ATTENTION}
     dense = {
@@ -181,13 +244,17 @@ def measure_slice(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[
     yield Measurement(
         "sparse attention, union", case, *times["union"], flops, moved, "gather", times["gather"][0]
     )
-    lists = time_device(lambda: [chunk.unions() for chunk in unions.chunks(indices, length)], TIME_BUDGET_S)
-    yield Measurement(
-        "lists of the union method", case, *lists, 0.0, 4.0 * indices.numel() + 8 * distinct * queries / 16
-    )
+    moved = 4.0 * indices.numel() + 8 * distinct * queries / of_group
+    yield Measurement("lists of the union method", case, *time_device(lists, TIME_BUDGET_S), 0.0, moved)
     _, lse = attention.sparse_attention(q, k, v, indices)
     probabilities = time_device(lambda: attention.selected_probabilities(q, k, indices, lse), TIME_BUDGET_S)
     yield Measurement("selected probabilities", case, *probabilities, flops / 2, 8.0 * indices.numel())
+
+
+def queries_of_group(q: Tensor, k: Tensor) -> int:
+    """Queries of a group in the union method's forward pass."""
+    cut = attention.tiles(attention.capability_of(q.device), q.element_size())
+    return cut.attend.queries_of(q.shape[2] // k.shape[2])
 
 
 def measure_gradient(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Measurement:
@@ -256,4 +323,24 @@ def measure_decode(length: int) -> Iterator[Measurement]:
     yield Measurement(
         "sparse decode attention", f"1 token at {length}, mean of {DECODE_LAYERS} layers",
         seconds / DECODE_LAYERS, spread / DECODE_LAYERS, flops, moved, "dense decode", dense_s / DECODE_LAYERS,
+    )  # fmt: skip
+
+    index_q, gates = random_tensor(1, 1, INDEX_HEADS, INDEX_DIM), random_tensor(1, 1, INDEX_HEADS)
+    index_keys = [random_tensor(1, length, INDEX_DIM) for _ in caches]
+    place = torch.tensor([length - 1], dtype=torch.int32, device="cuda")
+
+    def step() -> None:
+        for (k, v), index_k in zip(caches, index_keys, strict=True):
+            chosen = selection.select_keys(index_q, gates, index_k, TOP_K, first_query=place)
+            decode.decode_attention(q, k, v, chosen, out, workspace)
+
+    step()
+    chosen = selection.select_keys(index_q, gates, index_keys[-1], TOP_K)
+    expected, _ = reference.attend_indices(q.float(), *caches[-1], chosen)
+    check("decode after selection", out, expected)
+    seconds, spread = time_device(graph_of(step).replay, TIME_BUDGET_S)
+    yield Measurement(
+        "scores, selection and decode attention", f"1 token at {length}, mean of {DECODE_LAYERS} layers",
+        seconds / DECODE_LAYERS, spread / DECODE_LAYERS, flops, moved + 2.0 * length * INDEX_DIM, "dense decode",
+        dense_s / DECODE_LAYERS,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def measure_length(keys: int, queries: int) -> Iterator[Measurement]:
     check_together(q, w, k)
     seconds, spread = time_device(lambda: selection.select_keys(q, w, k, TOP_K), BUDGET_S)
     yield Measurement(
-        "scores and selection", case, seconds, spread, flops, 2.0 * score_bytes,
+        "scores and selection", f"{case}, {workspace_mib(q, w, k):.0f} MiB", seconds, spread, flops, 2.0 * score_bytes,
         "our scores, then torch.topk", bf16_seconds + topk_seconds,
     )  # fmt: skip
     yield from measure_decode(q[:, -1:], w[:, -1:], k)
@@ -114,6 +114,14 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def workspace_mib(q: Tensor, w: Tensor, k: Tensor) -> float:
+    """The memory that a selection takes beside its arguments and its lists."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lists = selection.select_keys(q, w, k, TOP_K)
+    return (torch.cuda.max_memory_allocated() - before - lists.nbytes) / 2**20
 
 
 def check_scores(

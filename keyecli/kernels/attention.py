@@ -3,12 +3,13 @@
 `reference.attend_indices` and `reference.selected_probabilities` are the definitions. Three methods compute the same:
 
 gather  a program a (query, key/value head): the query's heads on one small tile, its own keys gathered.
-union   a program a (group of 16 adjacent queries, key/value head): 16 · ratio rows on one tile over the union of their
-        selections. Adjacent queries share most keys (16 of them select ~8K distinct keys where 16 gathers read 32K),
-        and the tile is high enough for the matrix units.
+union   a program a (group of adjacent queries, key/value head): its queries · ratio rows on one tile over the union of their
+        selections. Adjacent queries share most keys (of 128K keys 8 of them select ~6K distinct ones where 8 gathers read
+        16K, and 16 select ~8K), and the tile is high enough for the matrix units.
 dense   the same tile over all keys in order, without tiles of keys in which the group selects nothing.
 
-The last two know from a word of 16 bits a key which queries of the group select it; see `unions`.
+The last two know from a word a key, with a bit a query, which queries of the group select it; see `unions`. A group of 16
+reads fewer keys a query, a group of 8 does less arithmetic for pairs that nobody selected.
 
 B batch, T queries, S keys, H query heads, G key/value heads, ratio H / G, d head dim, K most keys a query selects.
 """
@@ -30,9 +31,10 @@ from keyecli.kernels.unions import GROUP, chunks
 
 Method = Literal["gather", "union", "dense"]
 
-# Up to this many keys for each one that a query selects, the union of 16 queries holds so much of all keys that gathering
-# it costs more than going through them in order.
-DENSE_CROSSOVER = 8
+# Up to this many keys for each one that a query selects, the union of a group holds so much of all keys that gathering it
+# costs more than going through them in order.
+DENSE_CROSSOVER = 1
+HOPPER_ROWS = 64
 # Below this many queries (of all sequences) the union method has fewer programs than the chip has processors.
 UNION_QUERIES = 256
 
@@ -43,13 +45,23 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @dataclass(frozen=True)
 class Tile:
     """How a kernel is cut: keys of a tile, warps of a program, stages of its software pipeline, the most query heads of a
-    tile (its rows are 16 queries times those), and the most registers a thread may have (None: the compiler's choice)."""
+    tile and the queries of a group, 8 or 16 (its rows are the product), and the most registers a thread may have (None: the
+    compiler's choice)."""
 
     keys: int
     warps: int
     stages: int
     heads: int = 8
+    queries: int = 16
     registers: int | None = None
+
+    def heads_of(self, ratio: int) -> int:
+        """Query heads of a tile where a key head has `ratio` of them."""
+        return min(self.heads, ratio)
+
+    def queries_of(self, ratio: int) -> int:
+        """Queries of a group there: 16 where 8 would not make the 64 rows that Hopper's matrix units take at once."""
+        return self.queries if self.queries * self.heads_of(ratio) >= HOPPER_ROWS else GROUP.value
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,10 @@ class Tiles:
 def tiles(capability: int, element_bytes: int) -> Tiles:
     """By compute capability (0: the interpreter) and bytes of an element, for head dims up to 128.
 
-    sm_90 has 227 KiB of shared memory a block and matrix units that want high tiles: 128 query rows take 32 KiB, 128 keys
-    and their values 64 KiB a stage. Elsewhere what fits into the 99 KiB of sm_86, sm_89 and sm_120 serves sm_80 as well.
-    fp32 has no matrix units and is there to be right: few rows, or its operands overflow registers and shared memory.
+    sm_90 has 227 KiB of shared memory for all programs of a processor: in the forward pass two of 64 rows share it, and one
+    multiplies while the other takes its exponentials. Elsewhere what fits into the 99 KiB of sm_86, sm_89 and sm_120 serves
+    sm_80 as well. fp32 has no matrix units and is there to be right: few rows, or its operands overflow registers and shared
+    memory.
     """
     if capability == 0:
         small = Tile(16, 4, 1)
@@ -78,10 +91,10 @@ def tiles(capability: int, element_bytes: int) -> Tiles:
         return Tiles(low, low, low, Tile(32, 4, 1), Tile(32, 4, 1))
     if capability == 90:
         return Tiles(
-            attend=Tile(128, 8, 2),
-            query_gradient=Tile(64, 8, 2),
-            key_gradient=Tile(128, 8, 2, heads=2),
-            gather=Tile(64, 4, 3),
+            attend=Tile(64, 4, 3, queries=8),
+            query_gradient=Tile(64, 8, 3),
+            key_gradient=Tile(128, 8, 2, heads=4),
+            gather=Tile(128, 4, 2),
             probabilities=Tile(64, 4, 3),
         )
     return Tiles(
@@ -153,7 +166,7 @@ def precision_of(x: Tensor) -> str:
 
 
 class SparseAttention(torch.autograd.Function):
-    """`sparse_attention` with its gradients; whatever the method, the backward pass works on groups of 16 queries."""
+    """`sparse_attention` with its gradients; whatever the method, the backward pass works on groups of queries."""
 
     @staticmethod
     def forward(
@@ -203,17 +216,19 @@ def attend_grouped(
     """Fill `out` and `lse` by the dense or the union method."""
     heads, dim = q.shape[2:]
     keys, groups = k.shape[1:3]
-    capability = capability_of(q.device)
-    tile = tiles(capability, q.element_size()).attend
-    heads_of_tile = min(heads // groups, tile.heads)
-    for chunk in chunks(indices, keys):
+    ratio, capability = heads // groups, capability_of(q.device)
+    cut, scale = tiles(capability, q.element_size()), dim**-0.5 * LOG2_E.value
+    tile = cut.attend
+    heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
+    for chunk in chunks(indices, keys, queries_of_group, "bitmap" if dense else "unions"):
         entries = chunk.tile_lists(tile.keys) if dense else chunk.unions()
         _attend_kernel[(heads // heads_of_tile * chunk.groups,)](
             q, k, v, out, lse, *entries.pointers(), chunk.first_group, chunk.groups_per_sequence,
-            q.shape[1], heads, entries.keys.stride(0), entries.words.stride(0),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim**-0.5 * LOG2_E.value,
-            RATIO=heads // groups, HEADS=heads_of_tile, DIM=dim, KEYS=tile.keys, DENSE=dense, PRECISION=precision_of(q),
-            ASSEMBLY=capability > 0, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            q.shape[1], heads, entries.keys.stride(0), entries.words.stride(0), *q.stride()[:3],
+            k.stride(0), k.stride(2), v.stride(0), v.stride(2), scale,
+            K_KEY=k.stride(1), V_KEY=v.stride(1), RATIO=ratio, HEADS=heads_of_tile, QUERIES=queries_of_group,
+            DIM=dim, KEYS=tile.keys, DENSE=dense, PRECISION=precision_of(q), ASSEMBLY=capability > 0,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
 
 
@@ -230,11 +245,10 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. Those of keys and values are sums over queries, taken in fp32, chunk after chunk and in the
     order of the queries, so they are repeatable."""
-    batch, queries, heads, dim = q.shape
+    queries, heads, dim = q.shape[1:]
     keys, groups = k.shape[1:3]
-    ratio, precision, capability = heads // groups, precision_of(q), capability_of(q.device)
-    tile = tiles(capability, q.element_size())
-    query_heads, key_heads = min(ratio, tile.query_gradient.heads), min(ratio, tile.key_gradient.heads)
+    ratio, capability = heads // groups, capability_of(q.device)
+    cut = tiles(capability, q.element_size())
     out_gradient = out_gradient.contiguous()
     delta = torch.empty_like(lse)
     _delta_kernel[(triton.cdiv(lse.numel(), GROUP.value),)](
@@ -244,23 +258,34 @@ def attention_gradients(
     q_gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_gradient = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     v_gradient = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    given = (q, k, v, out_gradient, lse, delta)
+    strides = (*q.stride()[:3], k.stride(0), k.stride(2), v.stride(0), v.stride(2))
     scales = (dim**-0.5 * LOG2_E.value, dim**-0.5)
-    for chunk in chunks(indices, keys):
-        place = (chunk.first_group, chunk.groups_per_sequence, queries, heads)
-        entries = chunk.tile_lists(tile.query_gradient.keys) if dense else chunk.unions()
-        _query_gradient_kernel[(heads // query_heads * chunk.groups,)](
-            q, k, v, out_gradient, lse, delta, q_gradient, *entries.pointers(), *place,
+    shape = {
+        "K_KEY": k.stride(1), "V_KEY": v.stride(1), "RATIO": ratio, "DIM": dim, "PRECISION": precision_of(q),
+        "ASSEMBLY": capability > 0,
+    }  # fmt: skip
+
+    tile = cut.query_gradient
+    heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
+    for chunk in chunks(indices, keys, queries_of_group, "bitmap" if dense else "unions"):
+        entries = chunk.tile_lists(tile.keys) if dense else chunk.unions()
+        _query_gradient_kernel[(heads // heads_of_tile * chunk.groups,)](
+            *given, q_gradient, *entries.pointers(), chunk.first_group, chunk.groups_per_sequence, queries, heads,
             entries.keys.stride(0), entries.words.stride(0), *strides, *scales,
-            RATIO=ratio, HEADS=query_heads, DIM=dim, KEYS=tile.query_gradient.keys, DENSE=dense, PRECISION=precision,
-            ASSEMBLY=capability > 0, num_warps=tile.query_gradient.warps, num_stages=tile.query_gradient.stages,
+            **shape, HEADS=heads_of_tile, QUERIES=queries_of_group, KEYS=tile.keys, DENSE=dense,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
-        readers = chunk.reader_lists(tile.key_gradient.keys, batch)
-        _key_gradient_kernel[(triton.cdiv(keys, tile.key_gradient.keys) * groups * batch,)](
-            q, k, v, out_gradient, lse, delta, k_gradient, v_gradient, *readers.pointers(), *place, keys,
-            readers.keys.stride(0), readers.words.stride(0), *strides, *scales,
-            RATIO=ratio, HEADS=key_heads, DIM=dim, KEYS=tile.key_gradient.keys, PRECISION=precision, ASSEMBLY=capability > 0,
-            num_warps=tile.key_gradient.warps, num_stages=tile.key_gradient.stages,
+
+    tile = cut.key_gradient
+    heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
+    for chunk in chunks(indices, keys, queries_of_group, "bitmap"):
+        readers = chunk.reader_lists(tile.keys)
+        _key_gradient_kernel[(triton.cdiv(keys, tile.keys) * groups * q.shape[0],)](
+            *given, k_gradient, v_gradient, *readers.pointers(), chunk.first_group, chunk.groups_per_sequence, queries,
+            heads, keys, readers.keys.stride(0), readers.words.stride(0), *strides, *scales,
+            **shape, HEADS=heads_of_tile, QUERIES=queries_of_group, KEYS=tile.keys,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype)
 
@@ -395,14 +420,15 @@ def _gather_kernel(
 
 @triton.jit
 def _only_selected(logits, words, bits, ASSEMBLY: tl.constexpr):
-    """Logits [rows, keys] where the key's word has the row's bit, else −inf.
+    """Logits [rows, keys] where the key's word has the row's bit, one of the lowest 16, else −inf.
 
-    In assembly because LLVM packs the comparisons of 32 and more elements into words and unpacks them again, which takes
-    a fifth of all instructions of the forward loop; so it is one AND that sets a predicate, and one select.
+    The bit among those of −inf makes a NaN, and the smaller of a number and a NaN is the number. In assembly because LLVM
+    packs the comparisons of 32 and more elements into words and unpacks them again, which takes a fifth of all instructions
+    of the forward loop; so it is one logical instruction and one minimum, neither of which waits for a predicate.
     """
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }",
+            "{ .reg .b32 t; and.b32 t, $2, $3; or.b32 t, t, 0xFF800000; min.f32 $0, $1, t; }",
             "=f,f,r,r",
             [logits, words, bits],
             dtype=tl.float32,
@@ -441,33 +467,35 @@ def _attend_kernel(
     q_token,
     q_head,
     k_batch,
-    k_key,
     k_head,
     v_batch,
-    v_key,
     v_head,
     scale,
+    K_KEY: tl.constexpr,
+    V_KEY: tl.constexpr,
     RATIO: tl.constexpr,
     HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     DENSE: tl.constexpr,
     PRECISION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """16 adjacent queries × RATIO heads over the tiles of their bitmap (DENSE) or over their union.
+    """QUERIES adjacent queries × HEADS heads over the tiles of their bitmap (DENSE) or over their union.
 
-    The key/value heads of a group run side by side, since the rows of a key lie side by side in memory. The loop fetches
-    the next tile's key indices a step ahead by hand: only then does the compiler pipeline the loads of the rows behind
-    them to the depth that `num_stages` asks for.
+    The key/value heads of a group run side by side, since the rows of a key lie side by side in memory; the stride from key
+    to key is a constant, so that a row's address takes one instruction. The loop fetches the next tile's key indices a step
+    ahead by hand: only then does the compiler pipeline the loads of the rows behind them to the depth that `num_stages` asks
+    for.
     """
-    ROWS: tl.constexpr = GROUP * HEADS
+    ROWS: tl.constexpr = QUERIES * HEADS
     parts = heads // HEADS
     first_head = (tl.program_id(0) % parts) * HEADS
     key_head = (first_head // RATIO).to(tl.int64)
     local = (tl.program_id(0) // parts).to(tl.int64)
     batch = (first_group + local) // groups_per_sequence
-    first_token = (first_group + local) % groups_per_sequence * GROUP
+    first_token = (first_group + local) % groups_per_sequence * QUERIES
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     offsets = tl.arange(0, KEYS)
@@ -497,12 +525,12 @@ def _attend_kernel(
             # Rows that nobody here selects may hold anything, and 0 · NaN is NaN: they are not read.
             selected = (words != 0)[:, None]
             key_rows = tl.load(
-                k + keys.to(tl.int64)[:, None] * k_key + dims[None, :], mask=selected, other=0.0
+                k + keys.to(tl.int64)[:, None] * K_KEY + dims[None, :], mask=selected, other=0.0
             )
         else:
             next_keys = tl.load(entries + (step + 1) * KEYS + offsets)
             words = tl.load(words_of_entries + step * KEYS + offsets)
-            key_rows = tl.load(k + keys.to(tl.int64)[:, None] * k_key + dims[None, :])
+            key_rows = tl.load(k + keys.to(tl.int64)[:, None] * K_KEY + dims[None, :])
         logits = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION)
         logits = _only_selected(logits, words[None, :], bits[:, None], ASSEMBLY)
         largest = tl.maximum(maximum, tl.max(logits, 1))
@@ -513,10 +541,10 @@ def _attend_kernel(
         sums = sums * shrink[:, None]
         if DENSE:
             value_rows = tl.load(
-                v + keys.to(tl.int64)[:, None] * v_key + dims[None, :], mask=selected, other=0.0
+                v + keys.to(tl.int64)[:, None] * V_KEY + dims[None, :], mask=selected, other=0.0
             )
         else:
-            value_rows = tl.load(v + keys.to(tl.int64)[:, None] * v_key + dims[None, :])
+            value_rows = tl.load(v + keys.to(tl.int64)[:, None] * V_KEY + dims[None, :])
         sums = tl.dot(weights.to(value_rows.dtype), value_rows, sums, input_precision=PRECISION)
         maximum = largest
         keys = next_keys
@@ -569,15 +597,16 @@ def _query_gradient_kernel(
     q_token,
     q_head,
     k_batch,
-    k_key,
     k_head,
     v_batch,
-    v_key,
     v_head,
     scale,
     plain_scale,
+    K_KEY: tl.constexpr,
+    V_KEY: tl.constexpr,
     RATIO: tl.constexpr,
     HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     DENSE: tl.constexpr,
@@ -585,13 +614,13 @@ def _query_gradient_kernel(
     ASSEMBLY: tl.constexpr,
 ):
     """Gradients of the queries of a group, over the same tiles as the forward pass."""
-    ROWS: tl.constexpr = GROUP * HEADS
+    ROWS: tl.constexpr = QUERIES * HEADS
     parts = heads // HEADS
     first_head = (tl.program_id(0) % parts) * HEADS
     key_head = (first_head // RATIO).to(tl.int64)
     local = (tl.program_id(0) // parts).to(tl.int64)
     batch = (first_group + local) // groups_per_sequence
-    first_token = (first_group + local) % groups_per_sequence * GROUP
+    first_token = (first_group + local) % groups_per_sequence * QUERIES
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     offsets = tl.arange(0, KEYS)
@@ -627,13 +656,13 @@ def _query_gradient_kernel(
         if DENSE:
             next_keys, next_words = _tile_words(entries, words_of_entries, step + 1, count, KEYS)
             selected = (words != 0)[:, None]
-            key_rows = tl.load(k + key_places * k_key + dims[None, :], mask=selected, other=0.0)
-            value_rows = tl.load(v + key_places * v_key + dims[None, :], mask=selected, other=0.0)
+            key_rows = tl.load(k + key_places * K_KEY + dims[None, :], mask=selected, other=0.0)
+            value_rows = tl.load(v + key_places * V_KEY + dims[None, :], mask=selected, other=0.0)
         else:
             next_keys = tl.load(entries + (step + 1) * KEYS + offsets)
             words = tl.load(words_of_entries + step * KEYS + offsets)
-            key_rows = tl.load(k + key_places * k_key + dims[None, :])
-            value_rows = tl.load(v + key_places * v_key + dims[None, :])
+            key_rows = tl.load(k + key_places * K_KEY + dims[None, :])
+            value_rows = tl.load(v + key_places * V_KEY + dims[None, :])
         logits = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION)
         logits = _only_selected(logits, words[None, :], bits[:, None], ASSEMBLY)
         weights = tl.exp2(logits * scale - base[:, None])
@@ -676,15 +705,16 @@ def _key_gradient_kernel(
     q_token,
     q_head,
     k_batch,
-    k_key,
     k_head,
     v_batch,
-    v_key,
     v_head,
     scale,
     plain_scale,
+    K_KEY: tl.constexpr,
+    V_KEY: tl.constexpr,
     RATIO: tl.constexpr,
     HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -695,7 +725,7 @@ def _key_gradient_kernel(
     Everything is transposed, keys down and rows of queries across, so that both sums build up where they are. Programs of the
     early keys, which most groups may read, come first.
     """
-    ROWS: tl.constexpr = GROUP * HEADS
+    ROWS: tl.constexpr = QUERIES * HEADS
     PARTS: tl.constexpr = RATIO // HEADS
     key_heads = heads // RATIO
     batch_count = tl.num_programs(0) // (key_heads * tl.cdiv(keys_of_all, KEYS))
@@ -709,8 +739,8 @@ def _key_gradient_kernel(
     existing = (keys < keys_of_all)[:, None]
     k += batch * k_batch + key_head * k_head
     v += batch * v_batch + key_head * v_head
-    key_rows = tl.load(k + keys[:, None] * k_key + dims[None, :], mask=existing, other=0.0)
-    value_rows = tl.load(v + keys[:, None] * v_key + dims[None, :], mask=existing, other=0.0)
+    key_rows = tl.load(k + keys[:, None] * K_KEY + dims[None, :], mask=existing, other=0.0)
+    value_rows = tl.load(v + keys[:, None] * V_KEY + dims[None, :], mask=existing, other=0.0)
     bits = tl.full([ROWS], 1, tl.int32) << (rows // HEADS)
     q += batch * q_batch + key_head * RATIO * q_head
     q_rows = (rows // HEADS).to(tl.int64) * q_token + (rows % HEADS).to(tl.int64) * q_head
@@ -725,7 +755,7 @@ def _key_gradient_kernel(
     for step in range(steps):
         next_local = tl.load(readers + (step + 1) // PARTS, mask=step + 1 < steps, other=0).to(tl.int64)
         words = tl.load(bitmap + local * word_stride + tl.arange(0, KEYS)).to(tl.int32)
-        first_token = (first_group + local - batch * groups_per_sequence) * GROUP
+        first_token = (first_group + local - batch * groups_per_sequence) * QUERIES
         part = tl.cast(step % PARTS * HEADS, tl.int64)
         inside = rows // HEADS < tokens - first_token
         q_of_step = q + first_token * q_token + part * q_head
@@ -844,23 +874,20 @@ _POINTERS = {
     **dict.fromkeys(("q", "k", "v", "out", "out_gradient", "q_gradient")),
     **dict.fromkeys(("lse", "lse_gradient", "delta", "k_gradient", "v_gradient", "probabilities"), "*fp32"),
     **dict.fromkeys(("indices", "entries", "words_of_entries", "counts", "readers"), "*i32"),
-    "bitmap": "*i16",
 }
 _STRIDES = ("_batch", "_token", "_head", "_key", "_stride")
 
 
 def _case(name: str, kernel: Any, kind: str, tile: Tile, constants: dict[str, Any]) -> CompileCase:
     """A launch with 64-bit strides that are multiples of 16, as those of every cache are."""
-    if "KEYS" in kernel.arg_names:
-        constants = {"KEYS": tile.keys, **constants}
-    if "HEADS" in kernel.arg_names:
-        constants = {"HEADS": tile.heads, **constants}
+    of_tile = {"KEYS": tile.keys, "HEADS": tile.heads, "QUERIES": tile.queries, "K_KEY": 512, "V_KEY": 512}
+    constants = {**{name: value for name, value in of_tile.items() if name in kernel.arg_names}, **constants}
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument == "words_of_entries" and constants["DENSE"]:
-            signature[argument] = "*i16"
+        elif argument == "bitmap" or (argument == "words_of_entries" and constants["DENSE"]):
+            signature[argument] = f"*i{tile.queries}"
         elif argument in _POINTERS:
             signature[argument] = _POINTERS[argument] or f"*{kind}"
         elif argument.endswith("scale"):

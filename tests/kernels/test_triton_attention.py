@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,6 +47,7 @@ SHAPES = SMALL + (LARGE[:1] if CUDA else [])
 HALF_CASES = [(torch.float16, SMALL[0]), (torch.float16, SMALL[-1])]
 if CUDA:
     HALF_CASES = [(torch.float16, LARGE[1]), *((torch.bfloat16, shape) for shape in LARGE)]
+    HALF_CASES.append((torch.float16, Shape(2, 130, 2000, 16, 4, 64, 300)))
 
 
 def index_lists(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -173,18 +175,150 @@ def test_lists_of_everything_visible_give_causal_attention(method: kernels.Metho
 @pytest.mark.parametrize("method", ["union", "dense"])
 def test_chunks_do_not_change_a_bit(method: kernels.Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace of one or two groups, so that chunks end inside a sequence and go on in the next."""
-    shape = Shape(3, 100, 900, 4, 2, 32, 40) if CUDA else Shape(2, 33, 34, 2, 1, 16, 6)
+    shape = Shape(3, 100, 900, 4, 2, 32, 40) if CUDA else Shape(2, 33, 18, 2, 1, 16, 3)
     q, k, v, indices = problem(shape, torch.float32)
     whole = kernels.sparse_attention(q, k, v, indices, method)
-    one_group = next(unions.chunks(indices[:1, :1], shape.keys))
-    group_bytes = 2 * one_group.bitmap.shape[1] + 8 * (one_group.capacity + unions.UNION_PADDING)
-    monkeypatch.setattr(unions, "WORKSPACE_BYTES", 2 * group_bytes)
-    parts = [len(chunk.bitmap) for chunk in unions.chunks(indices, shape.keys)]
+    form: unions.Form = "unions" if method == "union" else "bitmap"
+    group_bytes = 8 * unions.union_capacity(indices, shape.keys, 16)
+    if form == "bitmap":
+        group_bytes = 2 * unions.bitmap_width(shape.keys)
+    monkeypatch.setattr(unions, "WORKSPACE_BYTES", 2 * 2 * group_bytes)
+    parts = [chunk.groups for chunk in unions.chunks(indices, shape.keys, 16, form)]
     assert max(parts) == 2
+    assert sum(parts) == shape.batch * -(-shape.queries // 16)
     with poisoned():
         parted = kernels.sparse_attention(q, k, v, indices, method)
     for one, other in zip(whole, parted, strict=True):
         assert_same(other, one)
+
+
+def words_of_groups(indices: Tensor, keys: int, queries: int) -> Tensor:
+    """What the bitmap must hold, int64 [groups, S], a bit of a word a query; by hand."""
+    batch, tokens, _ = indices.shape
+    selected = torch.zeros(batch, tokens, keys + 1, dtype=torch.int64, device=DEVICE)
+    selected.scatter_(2, torch.where(indices < 0, keys, indices).long(), 1)
+    selected = F.pad(selected[:, :, :keys], (0, 0, 0, -tokens % queries))
+    bits = 1 << torch.arange(queries, device=DEVICE)
+    return (selected.view(-1, queries, keys) * bits[:, None]).sum(1)
+
+
+def unsigned(words: Tensor, queries: int) -> Tensor:
+    """Words as numbers of as many bits as there are queries, whatever their sign."""
+    return words.long() & ((1 << queries) - 1)
+
+
+# Lists in order, and in any order with gaps between; of odd lengths; without any key; the last key of a word alone; whole
+# stretches of keys, more than a program looks through at once.
+FEW, MANY = Shape(2, 17, 150, 1, 1, 16, 9), Shape(1, 2, 300, 1, 1, 16, 300)
+LIST_CASES = [
+    *((FEW, case) for case in ("in order", "any order", "nothing", "one key")),
+    (MANY, "in order"),
+    (SMALL[0], "in order"),
+]
+if CUDA:
+    LIST_CASES += [
+        (shape, case)
+        for shape in (Shape(2, 530, 9001, 1, 1, 16, 1023), Shape(1, 4099, 131_072, 1, 1, 16, 2048))
+        for case in ("in order", "any order", "one key")
+    ]
+
+
+def listed(shape: Shape, case: str) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(11)
+    indices = index_lists(shape, generator)
+    if case == "any order":
+        return indices[:, :, torch.randperm(shape.length, generator=generator, device=DEVICE)].contiguous()
+    if case == "nothing":
+        return torch.full_like(indices, -1)
+    if case == "one key":
+        indices = torch.full_like(indices, -1)
+        indices[:, ::3, -1] = shape.keys - 1
+        return indices
+    return indices
+
+
+@pytest.mark.parametrize(("shape", "case"), LIST_CASES)
+@pytest.mark.parametrize("queries", [8, 16])
+def test_lists_are_what_the_groups_select(
+    queries: int, shape: Shape, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unions, their words and padding; the bitmap; in one chunk and in several."""
+    indices = listed(shape, case)
+    words = words_of_groups(indices, shape.keys, queries)
+    if case == "any order":
+        room = 8 * unions.union_capacity(indices, shape.keys, queries) * max(1, len(words) // 2)
+        monkeypatch.setattr(unions, "WORKSPACE_BYTES", 2 * room)
+    first = 0
+    for chunk in unions.chunks(indices, shape.keys, queries, "unions"):
+        assert chunk.first_group == first
+        first += chunk.groups
+        with poisoned():
+            check_lists(chunk, words[first - chunk.groups : first])
+    assert first == len(words)
+
+
+def check_lists(chunk: unions.Chunk, expected: Tensor) -> None:
+    """A chunk's lists against the words [groups, S] of its groups."""
+    keys = expected.shape[1]
+    lists = chunk.unions()
+    for group, (row, count) in enumerate(zip(expected, lists.counts.tolist(), strict=True)):
+        distinct = row.nonzero()[:, 0]
+        assert count == len(distinct)
+        assert_same(lists.keys[group, :count].long(), distinct, what="keys of a union")
+        assert_same(unsigned(lists.words[group, :count], chunk.queries), row[distinct], what="its words")
+        last = int(distinct[-1]) if count else 0
+        assert bool((lists.keys[group, count : count + unions.UNION_PADDING] == last).all())
+        assert bool((lists.words[group, count : count + unions.UNION_PADDING] == 0).all())
+    assert_same(unsigned(chunk.bitmap[:, :keys], chunk.queries), expected, what="bitmap")
+    assert bool((chunk.bitmap[:, keys:] == 0).all())
+    some = F.pad(expected, (0, -keys % unions.LARGEST_TILE)).view(len(expected), -1, 64)
+    flags = (some != 0).any(-1)
+    tiles = chunk.tile_lists(64)
+    for group, row in enumerate(flags):
+        assert_same(tiles.keys[group, : int(tiles.counts[group])].long(), row.nonzero()[:, 0], what="tiles")
+    readers = chunk.reader_lists(64)
+    for sequence in range(len(chunk.indices)):
+        begin = sequence * chunk.groups_per_sequence - chunk.first_group
+        low, high = max(begin, 0), max(0, min(begin + chunk.groups_per_sequence, chunk.groups))
+        for tile, row in enumerate(flags.T):
+            groups = low + row[low:high].nonzero()[:, 0]
+            count = int(readers.counts[tile, sequence])
+            assert count == len(groups)
+            assert_same(readers.keys[tile, low : low + count].long(), groups, what="readers")
+
+
+def test_a_workspace_is_shared_by_even_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine groups where seven find room go as five and four; and not even one group's room is asked for."""
+    indices = torch.zeros(1, 72, 4, dtype=torch.int32, device=DEVICE)
+    group_bytes = 8 * unions.union_capacity(indices, 100, 8)
+    for workspace, expected in ((2 * 7 * group_bytes, [5, 4]), (2 * 9 * group_bytes, [9]), (1, [1] * 9)):
+        monkeypatch.setattr(unions, "WORKSPACE_BYTES", workspace)
+        assert [chunk.groups for chunk in unions.chunks(indices, 100, 8, "unions")] == expected
+
+
+@pytest.mark.parametrize("method", ["union", "dense"])
+@pytest.mark.parametrize("shape", SMALL[1:2] + SHAPES[4:])
+def test_groups_of_the_other_size(
+    shape: Shape, method: kernels.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 queries where kernels have 16 and the other way round. The last group has a single query; the shape before has one
+    head a key head, too few rows for groups of 8."""
+    original = kernels.tiles
+
+    def tiles(capability: int, element_bytes: int) -> kernels.Tiles:
+        cut = original(capability, element_bytes)
+        of_groups = (cut.attend, cut.query_gradient, cut.key_gradient)
+        attend, query, key = (replace(tile, queries=24 - tile.queries) for tile in of_groups)
+        return replace(cut, attend=attend, query_gradient=query, key_gradient=key)
+
+    monkeypatch.setattr(kernels, "tiles", tiles)
+    for one in (shape, SMALL[0]):
+        q, k, v, indices = problem(one, torch.float32)
+        with poisoned():
+            actual = kernels.sparse_attention(q, k, v, indices, method)
+        expected = reference.attend_indices(q.double(), k.double(), v.double(), indices)
+        check_output(actual, expected, torch.float32)
+    check_gradients(shape, torch.float32, method)
 
 
 def gradients(
@@ -198,7 +332,7 @@ def gradients(
     return torch.autograd.grad(loss, leaves)
 
 
-def check_gradients(shape: Shape, dtype: torch.dtype, method: kernels.Method) -> None:
+def check_gradients(shape: Shape, dtype: torch.dtype, method: kernels.Method, repeats: int = 0) -> None:
     q, k, v, indices = problem(shape, dtype, seed=1)
     generator = torch.Generator(DEVICE).manual_seed(2)
     weights = (
@@ -206,7 +340,13 @@ def check_gradients(shape: Shape, dtype: torch.dtype, method: kernels.Method) ->
         torch.randn(q.shape[:3], generator=generator, device=DEVICE, dtype=torch.float64),
     )
     with poisoned():
-        actual = gradients(lambda *x: kernels.sparse_attention(*x, indices, method), (q, k, v), weights)
+        actual, *others = (
+            gradients(lambda *x: kernels.sparse_attention(*x, indices, method), (q, k, v), weights)
+            for _ in range(1 + repeats)
+        )
+    for other in others:
+        for one, same in zip(actual, other, strict=True):
+            assert_same(same, one)
     expected = gradients(
         lambda *x: reference.attend_indices(*x, indices), (q.double(), k.double(), v.double()), weights
     )
@@ -234,16 +374,7 @@ def test_gradients_in_half_precision(dtype: torch.dtype, shape: Shape, method: k
 def test_gradients_add_up_over_chunks_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(3, 100, 900, 4, 2, 32, 40) if CUDA else Shape(2, 17, 20, 2, 1, 16, 5)
     monkeypatch.setattr(unions, "WORKSPACE_BYTES", 1)
-    check_gradients(shape, torch.float32, "union")
-    q, k, v, indices = problem(shape, torch.float32)
-    weights = (torch.ones(q.shape, device=DEVICE), torch.ones(q.shape[:3], device=DEVICE))
-    runs = [
-        gradients(lambda *x: kernels.sparse_attention(*x, indices, "union"), (q, k, v), weights)
-        for _ in range(10 if CUDA else 2)
-    ]
-    for run in runs[1:]:
-        for one, other in zip(run, runs[0], strict=True):
-            assert_same(one, other)
+    check_gradients(shape, torch.float32, "union", repeats=9 if CUDA else 1)
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [*((torch.float32, shape) for shape in SHAPES), *HALF_CASES])
@@ -263,7 +394,8 @@ def test_probabilities_of_the_selected_keys(dtype: torch.dtype, shape: Shape) ->
 def test_the_method_follows_from_shapes() -> None:
     assert kernels.choose_method(1, 1, 131_072, 2048) == "gather"
     assert kernels.choose_method(1, 8192, 131_072, 2048) == "union"
-    assert kernels.choose_method(8, 64, 4096, 2048) == "dense"
+    assert kernels.choose_method(8, 64, 2560, 2048) == "union"
+    assert kernels.choose_method(8, 64, 2048, 2048) == "dense"
 
 
 def test_what_the_kernels_are_not_made_for_is_named() -> None:
