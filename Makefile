@@ -33,7 +33,7 @@ demo: $(RUNTIME)
 	$(BIN)/keye ask $(CLIP) "$(QUESTION)"
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n auto $(TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from keyecli.errors import ExitCode, KeyeError, KeyeWarning, UsageError
 HELP_COLUMNS = 100
 SPIN_COUNT = "5000"  # turns of a waiting thread before it sleeps; libgomp's own default is 300,000
 # The headings of a command's options, in their order.
-PANELS = ("Options", "Model", "Frames", "Answer", "Output")
+PANELS = ("Options", "Jobs", "Search", "Model", "Frames", "Answer", "Output")
 _BUG = "this is a fault in keye: run again with --debug for the traceback"
 
 

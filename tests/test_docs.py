@@ -139,3 +139,17 @@ def assert_named(heading: str, *objects: dict[str, Any]) -> None:
     """Each key of the objects is named somewhere under the heading."""
     section = re.split(r"^#+ ", FORMATS.split(f"# {heading}\n")[1], flags=re.MULTILINE)[0]
     assert [key for part in objects for key in part if f"`{key}`" not in section] == []
+
+
+def test_every_field_of_a_cut_clip_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from keyecli.cli import run
+    from tests.commands.test_export import grounding, lines
+    from tests.video.conftest import write_clip
+
+    clip = write_clip(tmp_path / "clip.mp4", 51)
+    (tmp_path / "found.jsonl").write_text(lines(grounding(clip, "dog", (0, 1, 0.5))))
+    assert run(["clip", str(tmp_path / "found.jsonl"), str(tmp_path / "cuts"), "--json"]) == 0
+    (fields,) = documented("keye.clip/1")
+    assert set(json.loads(capsys.readouterr().out)) == fields

@@ -19,7 +19,7 @@ INDEX_HEADS, INDEX_DIM = 16, 64
 # Queries are timed a slice at a time: what a slice costs follows from how many keys stand before it.
 SLICE_QUERIES = 4096
 # The indexer's scores are made and looked through for so many queries at a time.
-INDEX_QUERIES = 1024
+INDEX_QUERIES = 4096
 # Where the slices of a layer's estimate have their middle: the midpoint rule, exact for dense attention.
 MIDPOINTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 # Caches that decoding goes through in turn, so that their selected rows are more than the second-level cache holds.

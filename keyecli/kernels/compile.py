@@ -14,7 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("indexer", "selection", "unions", "attention", "decode", "experts", "vision", "step")
+MODULES = (
+    "indexer",
+    "hopper_scores",
+    "selection",
+    "unions",
+    "attention",
+    "decode",
+    "experts",
+    "vision",
+    "step",
+)
 # The most shared memory that one block may ask for, in bytes, by compute capability.
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 
@@ -23,7 +33,7 @@ SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 1
 class CompileCase:
     """One kernel as it would be launched.
 
-    kernel: a `@triton.jit` function. signature: argument name → Triton type ("*bf16", "*i32", "i32", "i64", "fp32",
+    kernel: a `@triton.jit` or `@gluon.jit` function. signature: argument name → Triton type ("*bf16", "*i32", "i32", "i64", "fp32",
     "constexpr"), every argument, in order. constants: the values of the constexpr arguments.
     """
 
@@ -49,7 +59,11 @@ def compile_case(case: CompileCase, capability: int) -> Compiled:
     """Compile for sm_`capability`; raises what Triton or ptxas raises."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    else:
+        from triton.compiler import ASTSource
 
     names = list(case.signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}

@@ -501,6 +501,12 @@ def score_into(
             J_PADDED=max(16, triton.next_power_of_2(heads)), TILE_K=tile, **flags, num_warps=4,
         )  # fmt: skip
         return
+    if capability == 90:
+        # Gluon is Triton's experiment: it is loaded only where it runs.
+        from keyecli.kernels import hopper_scores
+
+        if hopper_scores.score_into(out, q, w, k, segments, positions, offset, masked):
+            return
     tiles = score_tiles(capability, q.element_size(), heads, flags["E_PADDED"])
     query_tiles, key_tiles = triton.cdiv(queries, tiles.queries), triton.cdiv(keys, tiles.keys)
     processors = device_processors(device) * tiles.blocks_per_processor

@@ -1,10 +1,10 @@
 """Exact top-k selection of keys in Triton: `select_keys`, defined by `reference.select_keys`.
 
 B batch, T queries, S keys. Queries go in chunks: `indexer.score_into` writes a chunk's scores, then each row of them is read
-once. A sample of the row gives a threshold that about half of the candidates' room should exceed (`_threshold`); one
-pass marks what does, a bit a key (`_mark`); the marks become a list (`_expand`), and an exact search among the listed finds
-the k best, ties to the lower key (`_finish`). Sampling decides only how many candidates there are. Should they be too
-few or too many, which takes a sample that is off by a factor of two, the last kernel searches the row again as a whole:
+once. A sample of the row gives a threshold that about half of the candidates' room should exceed; one pass lists what does,
+keys and scores (`_collect`); an exact search among the listed finds the k best, ties to the lower key (`_finish`). A row with
+no more keys than candidates have room is searched as it is. Sampling decides only how many candidates there are. Should they
+be too few or too many, which takes a sample that is off by a factor of two, the last kernel searches the row again as a whole:
 slower, as exact, and nothing the host need know. So nothing here waits for the device, and a launch on static buffers can be
 captured in a CUDA graph.
 
@@ -32,73 +32,93 @@ from keyecli.kernels.indexer import (
     visible_pairs,
 )
 
-# Scores, marks and candidates of one chunk of queries together.
-WORKSPACE_BYTES = 256 * 2**20
+# Scores and candidates of one chunk of queries together: enough for 1024 queries of 131072 keys.
+WORKSPACE_BYTES = 640 * 2**20
 LARGEST_TOP_K = 8192
-LARGEST_SAMPLE = 16384
+LARGEST_SAMPLE = 2048
+MOST_SPLITS = 64
+# Keys of a line, the bits of a word. Candidates are listed in whole lines.
+LINE = tl.constexpr(32)
+# Adjacent keys that a place of a sample reads: 16 bytes, half of what memory gives out at the least.
+RUN = tl.constexpr(4)
 # Scores as int32 that order like the floats. HIDDEN, the lowest, is no float but the mark of an unseen key.
 HIDDEN = tl.constexpr(-(2**31))
-MINUS_INFINITY = tl.constexpr(-(2**31) + 0x7FFFFF)
-ALL_TIES = tl.constexpr(2**30)
+LARGEST = tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True)
 class SelectionPlan:
     """Sizes of a selection, all from the shapes.
 
-    capacity: candidates that a row can hold, at least 4 · top_k. sample: scores looked at for the threshold, so many that
-    about 64 of them should exceed it. splits: blocks that share a row. sample_apart: the threshold has a launch of its own;
-    with few rows every split rather works it out again, which takes no longer and saves the launch. block: scores that a
-    block marks at once. words: words of 32 marks that it expands at once. recount: scores that it reads at once when a row
-    has to be searched again.
+    capacity: candidates that a row can hold, at least 4 · top_k. sample: places of a row looked at for the threshold, RUN keys
+    each, so many that about 128 of the keys should exceed it. splits: programs that share a row; each works the sample out
+    again, which takes no longer and saves a launch. block: scores that a program goes through at once, collect_warps: its
+    warps. early: so few programs that each has a processor to itself; it asks for its first scores before it has a threshold,
+    and may use as many registers as it likes. held: scores that a thread of `_finish` holds. registers: the most that a thread
+    may use where programs share a processor, a few spilled values included. recount: scores read at once when a row has to be
+    searched again.
     """
 
     capacity: int
     sample: int
     splits: int
-    sample_apart: bool
     block: int
-    words: int
+    collect_warps: int
+    early: bool
+    held: int
+    registers: int
     recount: int
-    finish_warps: int
+
+    @property
+    def collect_registers(self) -> int | None:
+        return None if self.early else self.registers
+
+    def slots(self, keys: int) -> int:
+        """What `_finish` goes through: the candidates, or a row of so few keys that it needs none."""
+        return min(self.capacity, max(512, triton.next_power_of_2(keys)))
+
+    def finish_warps(self, keys: int) -> int:
+        return max(4, min(32, self.slots(keys) // (32 * self.held)))
 
     @property
     def finish_registers(self) -> int | None:
-        """So few that two blocks of `_finish` share a processor, which costs a handful of spilled values; free where a thread
-        has more than 16 candidates."""
-        return 64 if self.capacity <= 512 * self.finish_warps else None
+        return None if self.early else self.registers
 
-    @property
-    def threshold_warps(self) -> int:
-        """Warps that work a sample out, few enough scores each to stay in registers."""
-        return 4 if self.sample <= 4096 else 16
+    def candidate_bytes(self, rows: int) -> int:
+        """Room for the candidates of so many rows, a key and a score each; any split may hold all of a row's."""
+        return rows * self.splits * 2 * 4 * self.capacity
 
 
 def selection_plan(capability: int, rows: int, keys: int, top_k: int, processors: int) -> SelectionPlan:
     """Sizes by compute capability (0: the interpreter)."""
     interpreted = capability == 0
-    capacity = max(16 if interpreted else 1024, triton.next_power_of_2(4 * top_k))
-    block, words = (256, 16) if interpreted else (8192, 1024)
-    sample = triton.next_power_of_2(triton.cdiv(128 * keys, capacity))
-    sample = max(16 if interpreted else 512, min(LARGEST_SAMPLE, sample))
-    # Blocks enough that the last of them leave no processor idle for long, but none for less than a block of keys.
-    wanted = min(64, triton.cdiv(8 * processors, rows), triton.cdiv(keys, block))
+    capacity = max(2 * LINE.value if interpreted else 4096, triton.next_power_of_2(4 * top_k))
+    sample = triton.next_power_of_2(triton.cdiv(64 * keys, capacity))
+    sample = max(128, min(LARGEST_SAMPLE, sample)) if not interpreted else min(64, sample)
+    # A thread holds 32 scores, of the sample or of a block.
+    warps = 4 if sample <= 1024 else 8
+    block = 8 * LINE.value if interpreted else 1024 * warps
+    # A processor runs 32 warps at a time: all rows at once where they suffice, and no split without a block of keys.
+    wanted = max(1, min(MOST_SPLITS, 32 * processors // (warps * rows), triton.cdiv(keys, block)))
+    splits = 1 << (wanted.bit_length() - 1)
+    early = rows * splits <= processors
     return SelectionPlan(
         capacity=capacity,
         sample=sample,
-        splits=triton.next_power_of_2(wanted),
-        sample_apart=rows > processors,
+        splits=splits,
         block=block,
-        words=words,
+        # Alone on a processor, a program is faster the less each of its threads does, down to the code that it has to load.
+        collect_warps=2 * warps if early else warps,
+        early=early,
+        held=16 if early else 32,
+        registers=64,
         recount=256 if interpreted else 2048,
-        finish_warps=8 if capacity <= 4096 else 16,
     )
 
 
 @triton.jit
-def ordered(score):
-    """fp32 → int32 in the same order, −0 equal to +0, `HIDDEN_BITS` below everything."""
-    bits = score.to(tl.int32, bitcast=True)
+def ordered(bits):
+    """The bits of fp32 → int32 in the order of the numbers, −0 equal to +0, `HIDDEN_BITS` below everything."""
     # The bits of −0 happen to be the lowest integer.
     bits = tl.where(bits == HIDDEN, 0, bits)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -120,34 +140,126 @@ def hidden_scores(shape: tl.constexpr):
 @triton.jit
 def count_of(mask):
     """How many are true."""
-    return tl.sum(mask.to(tl.int32), 0)
+    return tl.sum(mask.to(tl.int32))
 
 
 @triton.jit
 def bits_set(word):
-    """How many bits of an int32 are one."""
+    """How many bits of an int32 are one. The compiler knows this form and makes one instruction of it."""
+    word = word.to(tl.uint32)
     pairs = word - ((word >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     eights = (fours + (fours >> 4)) & 0x0F0F0F0F
-    return (eights * 0x01010101) >> 24
+    return ((eights * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
-def kth_largest(values, k):
-    """A threshold that at least k of `values` reach and fewer than k exceed (k from 1 to their number).
+def bits_of_line():
+    """The bit of each of a line's keys, as a row."""
+    return (1 << tl.arange(0, LINE))[None, :]
 
-    One bit at a time from the top; ends early when exactly k reach it. The k-th largest itself, or a number between it and the
-    next lower one.
+
+@triton.jit
+def words_of(flags):
+    """Flags [lines, LINE] → a word for each line."""
+    return tl.sum(tl.where(flags, bits_of_line(), 0), 1)
+
+
+@triton.jit
+def words_reaching(values, bound, ASSEMBLY: tl.constexpr):
+    """Scores [lines, LINE] → a word for each line: the bits of those that reach the bound. The mark of a hidden key, a NaN,
+    does not.
+
+    In assembly because LLVM packs the comparisons of a thread into words of its own and unpacks them again, which costs as
+    much as all the rest of this.
     """
-    count = count_of(values >= 0)
-    threshold = tl.where(count >= k, 0, HIDDEN)
-    bit = tl.where(count == k, 0, 1 << 30)
-    while bit > 0:
-        higher = threshold + bit
-        count = count_of(values >= higher)
-        threshold = tl.where(count >= k, higher, threshold)
-        bit = tl.where(count == k, 0, bit >> 1)
-    return threshold
+    if ASSEMBLY:
+        marks = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ge.f32 p, $1, $2; selp.b32 $0, $3, 0, p; }",
+            "=r,f,f,r",
+            [values, bound, bits_of_line()],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        return tl.sum(marks, 1)
+    else:
+        return words_of(values >= bound)
+
+
+@triton.jit
+def next_pivots(low, high, reach_low, reach_high, goal, slow):
+    """Two thresholds, the lower first, strictly between `low` and `high`, which `reach_low` and `reach_high` values reach: to
+    either side of where `goal` would if the values were evenly spread; a goal far in the tail, if they thinned out evenly.
+    `slow`, after a step that did not halve their number: half as far from `low`, and the middle of the numbers that there are,
+    which ends every search in time."""
+    low_score = as_score(low)
+    span = as_score(high) - low_score
+    fraction = (reach_low - goal).to(tl.float32) / (reach_low - reach_high).to(tl.float32)
+    margin = 0.0625
+    if reach_low > 8 * goal:
+        reached = reach_low.to(tl.float32)
+        last = tl.maximum(reach_high.to(tl.float32), 0.5)
+        fraction = tl.log2(reached / goal.to(tl.float32)) / tl.log2(reached / last)
+        margin = 0.125
+    near = low_score + span * tl.where(slow, fraction * 0.5, fraction - margin)
+    far = low_score + span * (fraction + margin)
+    middle = (low & high) + ((low ^ high) >> 1)
+    first = ordered(near.to(tl.int32, bitcast=True))
+    second = tl.where(slow, middle, ordered(far.to(tl.int32, bitcast=True)))
+    # Infinite scores make this a NaN, large as an integer: the limits hold for it too.
+    first = tl.minimum(tl.maximum(first, low + 1), high - 1)
+    second = tl.minimum(tl.maximum(second, low + 1), high - 1)
+    return tl.minimum(first, second), tl.maximum(first, second)
+
+
+@triton.jit
+def narrowed(low, high, reach_low, reach_high, first, second, reach_first, reach_second, least):
+    """The part between two neighbours of low ≤ first ≤ second ≤ high in which `least` is crossed, in the order of the
+    arguments."""
+    above = reach_second >= least
+    between = reach_first >= least
+    return (
+        tl.where(above, second, tl.where(between, first, low)),
+        tl.where(above, high, tl.where(between, second, first)),
+        tl.where(above, reach_second, tl.where(between, reach_first, reach_low)),
+        tl.where(above, reach_high, tl.where(between, reach_second, reach_first)),
+    )
+
+
+@triton.jit
+def threshold_of(values, seen, least, most):
+    """A threshold that `least` to `most` of ordered `values` reach, or where ties do not allow that, the largest that at least
+    `least` reach. `seen` of the values are not hidden; least ≤ seen. Returns it and how many reach it.
+
+    Interpolates between the scores themselves, two thresholds a round whose counts share one reduction (so there are fewer
+    than 2¹⁶ values): some seven rounds for thousands of scores of any ordinary spread.
+    """
+    low = tl.min(tl.where(values == HIDDEN, LARGEST, values))
+    high = tl.max(values) + 1
+    reach_low = seen
+    reach_high = seen * 0
+    goal = (least + most) // 2
+    slow = seen < 0
+    while (reach_low > most) & (low + 1 < high):
+        first, second = next_pivots(low, high, reach_low, reach_high, goal, slow)
+        both = tl.sum(tl.where(values >= first, tl.where(values >= second, 0x10001, 1), 0))
+        window = reach_low - reach_high
+        low, high, reach_low, reach_high = narrowed(
+            low, high, reach_low, reach_high, first, second, both & 0xFFFF, (both >> 16) & 0xFFFF, least
+        )
+        remain = reach_low - reach_high
+        if remain == window:
+            # A gap, or many equal scores: the highest below `high` itself.
+            top = tl.max(tl.where(values < high, values, HIDDEN))
+            reach_top = count_of(values >= top)
+            enough = reach_top >= least
+            low = tl.where(enough, top, low)
+            reach_low = tl.where(enough, reach_top, reach_low)
+            reach_high = tl.where(enough, reach_high, reach_top)
+            high = tl.where(enough, top + 1, top)
+        slow = (remain * 2 > window) & (slow == 0)
+    return low, reach_low
 
 
 @triton.jit
@@ -180,102 +292,76 @@ def row_scores(scores, row, T, score_batch, score_row):
 
 
 @triton.jit
-def stretch_of(split, length, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The part [begin, end) of a row that one split takes: whole blocks but for the row's end."""
-    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    begin = tl.minimum(split * span, length)
-    return begin, tl.minimum(begin + span, length)
+def row_candidates(candidates, row, split, CAPACITY: tl.constexpr, SPLITS: tl.constexpr):
+    """Where a split's candidates begin: CAPACITY keys, then the bits of as many scores."""
+    return candidates + (row.to(tl.int64) * SPLITS + split) * (2 * CAPACITY)
+
+
+@triton.jit
+def load_lines(scores, whole, LINES: tl.constexpr):
+    """The first LINES lines of scores, those from `whole` on undefined: masks of whole lines leave loads 16 bytes wide, and
+    most blocks need none."""
+    line = tl.arange(0, LINES)
+    places = scores + (line[:, None] * LINE + tl.arange(0, LINE)[None, :])
+    if whole >= LINES:
+        values = tl.load(places)
+    else:
+        values = tl.load(places, mask=(line < whole)[:, None])
+    return values
+
+
+@triton.jit
+def load_rest(scores, length):
+    """The scores behind a row's whole lines, one line, hidden behind the row."""
+    place = length // LINE * LINE + tl.arange(0, LINE)[None, :]
+    return tl.load(scores + place, mask=place < length, other=hidden_scores((1, LINE)))
 
 
 @triton.jit
 def sampled_threshold(scores, row, length, CAPACITY: tl.constexpr, SAMPLE: tl.constexpr):
-    """An ordered score that about CAPACITY / 2 of the row's first `length` should exceed; HIDDEN where all that are seen may be
-    kept. Looks at one pseudo-random position in each of SAMPLE equal stretches, the same in every run."""
+    """An ordered score that about CAPACITY / 2 of the row's `length` > CAPACITY should exceed; HIDDEN where all that are seen
+    may be kept. Looks at RUN keys from one pseudo-random place on in each of SAMPLE equal stretches, the same in every run.
+    Returns also whether the threshold is crowded: so many are equal to it that no other would do better."""
+    stretch = tl.arange(0, SAMPLE)
+    places = length // RUN
+    share = places // SAMPLE
+    longer = places % SAMPLE
+    low = stretch * share + stretch * longer // SAMPLE
+    width = (stretch + 1) * share + (stretch + 1) * longer // SAMPLE - low
+    mixed = (stretch + row * 0x9E37).to(tl.uint32) * 0x2C1B3C6D
+    mixed = (mixed ^ (mixed >> 15)) * 0x297A2D39
+    draw = ((mixed ^ (mixed >> 15)) & 0x7FFF).to(tl.int32)
+    place = tl.minimum(low + ((draw * tl.minimum(width, 0xFFFF)) >> 15), places - 1)
+    values = tl.load(scores + (place[:, None] * RUN + tl.arange(0, RUN)[None, :]))
+    values = ordered(values.to(tl.int32, bitcast=True))
+    goal = tl.cdiv(RUN * SAMPLE * (CAPACITY // 2), length)
+    slack = goal // 16
+    seen = count_of(values != HIDDEN)
     threshold = tl.full((), HIDDEN, tl.int32)
-    if length > CAPACITY:
-        stretch = tl.arange(0, SAMPLE)
-        low = stretch.to(tl.int64) * length // SAMPLE
-        width = ((stretch + 1).to(tl.int64) * length // SAMPLE - low).to(tl.int32)
-        mixed = (stretch + row * 0x9E37).to(tl.uint32) * 0x2C1B3C6D
-        mixed = (mixed ^ (mixed >> 15)) * 0x297A2D39
-        draw = ((mixed ^ (mixed >> 15)) & 0x7FFF).to(tl.int32)
-        place = low + ((draw * tl.minimum(width, 0xFFFF)) >> 15)
-        values = ordered(tl.load(scores + tl.minimum(place, length - 1)))
-        threshold = kth_largest(values, tl.cdiv(SAMPLE * (CAPACITY // 2), length))
-        # Between HIDDEN and −∞ there is no score: all that are seen are above.
-        threshold = tl.where(threshold < MINUS_INFINITY, HIDDEN, threshold)
-    return threshold
-
-
-@triton.jit(do_not_specialize=["T", "S", "offset"])
-def _threshold(
-    scores, thresholds, positions, T, S, offset, score_batch, score_row,
-    CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, ON_DEVICE: tl.constexpr,
-):  # fmt: skip
-    """The threshold of a row. Grid: B · T."""
-    row = tl.program_id(0)
-    length = seen_length(row, T, S, positions, offset, ON_DEVICE)
-    scores = row_scores(scores, row, T, score_batch, score_row)
-    tl.store(thresholds + row, sampled_threshold(scores, row, length, CAPACITY, SAMPLE))
+    reached = seen * 0
+    if seen >= goal:
+        threshold, reached = threshold_of(values, seen, goal - slack, goal + slack)
+    return threshold, reached > goal + slack
 
 
 @triton.jit
-def marks_of(values, bound):
-    """Scores [words, 32] → a word for each 32: the bits of those above the bound, and of those equal to it. Comparisons with
-    the mark of a hidden key, a NaN, are false."""
-    bit = (1 << tl.arange(0, 32))[None, :]
-    return tl.sum(tl.where(values > bound, bit, 0), 1), tl.sum(tl.where(values == bound, bit, 0), 1)
-
-
-@triton.jit(do_not_specialize=["T", "S", "offset", "plane"])
-def _mark(
-    scores, thresholds, marks, positions, T, S, offset, score_batch, score_row, plane,
-    CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    SAMPLE_APART: tl.constexpr, ON_DEVICE: tl.constexpr,
-):  # fmt: skip
-    """Mark the scores of a row above its threshold, and those equal to it: bit b of word n is key 32n + b. Grid: B · T, SPLITS.
-
-    marks: [B · T, 2, plane].
-    """
-    row = tl.program_id(0)
-    split = tl.program_id(1)
-    length = seen_length(row, T, S, positions, offset, ON_DEVICE)
-    scores = row_scores(scores, row, T, score_batch, score_row)
-    marks += row.to(tl.int64) * 2 * plane
-    if SAMPLE_APART:
-        threshold = tl.load(thresholds + row)
-    else:
-        threshold = sampled_threshold(scores, row, length, CAPACITY, SAMPLE)
-        if split == 0:
-            tl.store(thresholds + row, threshold)
-    bound = as_score(threshold)
-    begin, end = stretch_of(split, length, SPLITS, BLOCK)
-    line = tl.arange(0, BLOCK // 32)
-    inside = line[:, None] * 32 + tl.arange(0, 32)[None, :]
-    # Whole blocks without a mask, and starts that are plainly multiples, so that loads are 16 bytes wide; then what is left.
-    first = begin // BLOCK
-    last = end // BLOCK
-    for block in tl.range(first, last):
-        above, tied = marks_of(tl.load(scores + block * BLOCK + inside), bound)
-        word = block * (BLOCK // 32) + line
-        tl.store(marks + word, above)
-        tl.store(marks + plane + word, tied)
-    if (last * BLOCK < end) & (begin < end):
-        inside += last * BLOCK
-        values = tl.load(scores + inside, mask=inside < end, other=hidden_scores((BLOCK // 32, 32)))
-        above, tied = marks_of(values, bound)
-        word = last * (BLOCK // 32) + line
-        tl.store(marks + word, above, mask=word * 32 < end)
-        tl.store(marks + plane + word, tied, mask=word * 32 < end)
+def ties_before(scores, bound, first, K, BLOCK: tl.constexpr):
+    """How many scores of the row's first blocks equal the bound; counts no further than K of them."""
+    ties = tl.full((), 0, tl.int32)
+    block = first * 0
+    while (block < first) & (ties < K):
+        ties += count_of(load_lines(scores + block * BLOCK, BLOCK // LINE, BLOCK // LINE) == bound)
+        block += 1
+    return ties
 
 
 @triton.jit
-def first_ties(tied, ties_before, most_ties):
-    """Words of marks without those that come after the row's first `most_ties`."""
-    tied = tl.where(ties_before < most_ties, tied, 0)
-    if tl.max(ties_before + bits_set(tied), 0) > most_ties:
+def first_ties(tied, before, most_ties):
+    """Words of ties without those that come after the row's first `most_ties`."""
+    tied = tl.where(before < most_ties, tied, 0)
+    if tl.max(before + bits_set(tied), 0) > most_ties:
         # The limit falls inside a word, which happens once a row at most: count along the bits.
-        room = most_ties - ties_before
+        room = most_ties - before
         clipped = tl.zeros_like(tied)
         for b in tl.range(0, 32):
             mark = (tied >> b) & 1
@@ -285,49 +371,98 @@ def first_ties(tied, ties_before, most_ties):
     return tied
 
 
-@triton.jit(do_not_specialize=["T", "S", "K", "offset", "plane"])
-def _expand(
-    thresholds, marks, candidates, kept_counts, positions, T, S, K, offset, plane,
-    CAPACITY: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr, ON_DEVICE: tl.constexpr,
-):  # fmt: skip
-    """List the marked keys of a row in order: all above the threshold, and the first K equal to it. Grid: B · T, SPLITS.
+@triton.jit
+def block_words(words, rest, left):
+    """The words of a block's lines, of which the row has `left` whole ones and behind them the word of its rest.
 
-    Each split counts the marks before its own, a few kilobytes, to know where its part of the list begins.
+    The words stand with eight threads each, where their lines were loaded. Gathering them hands out one a thread, which the
+    compiler would rather do again and again for everything made of them.
     """
-    row = tl.program_id(0)
-    split = tl.program_id(1)
-    words = tl.cdiv(seen_length(row, T, S, positions, offset, ON_DEVICE), 32)
-    marks += row.to(tl.int64) * 2 * plane
-    candidates += row.to(tl.int64) * CAPACITY
-    most_ties = tl.where(tl.load(thresholds + row) == HIDDEN, ALL_TIES, K)
-    begin, end = stretch_of(split, words, SPLITS, WORDS)
-    line = tl.arange(0, WORDS)
-    above_found = tl.zeros((WORDS,), tl.int32)
-    ties_found = tl.zeros((WORDS,), tl.int32)
-    for start in tl.range(0, begin, WORDS):
-        word = start + line
-        above_found += bits_set(tl.load(marks + word, mask=word < begin, other=0))
-        ties_found += bits_set(tl.load(marks + plane + word, mask=word < begin, other=0))
-    above = tl.sum(above_found, 0)
-    ties = tl.sum(ties_found, 0)
-    for start in tl.range(begin, end, WORDS):
-        word = start + line
-        above_words = tl.load(marks + word, mask=word < end, other=0)
-        tied_words = tl.load(marks + plane + word, mask=word < end, other=0)
-        above_counts = bits_set(above_words)
-        tied_counts = bits_set(tied_words)
-        above_before = above + tl.cumsum(above_counts, 0) - above_counts
-        ties_before = ties + tl.cumsum(tied_counts, 0) - tied_counts
-        kept = above_words | first_ties(tied_words, ties_before, most_ties)
-        place = above_before + tl.minimum(ties_before, most_ties)
-        for b in tl.range(0, 32):
-            mark = (kept >> b) & 1
-            tl.store(candidates + place, word * 32 + b, mask=(mark != 0) & (place < CAPACITY))
-            place += mark
-        above += tl.sum(above_counts, 0)
-        ties += tl.sum(tied_counts, 0)
-    if split == SPLITS - 1:
-        tl.store(kept_counts + row, above + tl.minimum(ties, most_ties))
+    line = tl.arange(0, words.shape[0])
+    return tl.where(line < left, tl.gather(words, line, 0), tl.where(line == left, rest, 0))
+
+
+@triton.jit
+def list_kept(candidates, scores, kept, start, found, CAPACITY: tl.constexpr):
+    """Add the kept keys of a block from key `start` on to a list of `found`, as far as there is room. Returns the new number.
+
+    As many rounds as the fullest word has bits. The scores have just been read and come from the first-level cache.
+    """
+    counts = bits_set(kept)
+    place = found + tl.cumsum(counts, 0) - counts
+    slots = candidates + place
+    listed = tl.minimum(counts, CAPACITY - place)
+    # The bits up to the lowest one are one more than stand below it.
+    keys = start - 1 + tl.arange(0, kept.shape[0]) * LINE
+    for bit in tl.range(0, tl.max(counts, 0)):
+        key = keys + bits_set(kept ^ (kept - 1))
+        mask = bit < listed
+        score = tl.load(scores + key, mask=mask)
+        tl.store(slots, key, mask=mask)
+        tl.store(slots + CAPACITY, score.to(tl.int32, bitcast=True), mask=mask)
+        kept &= kept - 1
+        slots += 1
+    return found + tl.sum(counts, 0)
+
+
+@triton.jit(do_not_specialize=["T", "S", "K", "offset"])
+def _collect(
+    scores, thresholds, counts, candidates, positions, T, S, K, offset, score_batch, score_row,
+    CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """List the keys of a row that reach its threshold, in order, with their scores; where the threshold is crowded only the
+    first K of those equal to it. Grid: B · T · SPLITS, a split taking whole blocks.
+
+    candidates: [B · T, SPLITS, 2, CAPACITY], each list filled up to a whole line with hidden scores. counts: [B · T, SPLITS].
+    """
+    row = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    length = seen_length(row, T, S, positions, offset, ON_DEVICE)
+    if length <= CAPACITY:
+        return
+    scores = row_scores(scores, row, T, score_batch, score_row)
+    candidates = row_candidates(candidates, row, split, CAPACITY, SPLITS)
+    LINES: tl.constexpr = BLOCK // LINE
+    whole = length // LINE
+    blocks = tl.cdiv(length, BLOCK)
+    span = tl.cdiv(blocks, SPLITS)
+    first = tl.minimum(split * span, blocks)
+    last = tl.minimum(first + span, blocks)
+    if EARLY:
+        values = load_lines(scores + first * BLOCK, whole - first * LINES, LINES)
+    threshold, crowded = sampled_threshold(scores, row, length, CAPACITY, SAMPLE)
+    bound = as_score(threshold)
+    if split == 0:
+        tl.store(thresholds + row, threshold)
+    if not EARLY:
+        values = load_lines(scores + first * BLOCK, whole - first * LINES, LINES)
+    rest = load_rest(scores, length)
+    rest_reaching = words_of(rest >= bound)
+    rest_tied = words_of(rest == bound)
+    found = tl.full((), 0, tl.int32)
+    ties = tl.full((), 0, tl.int32)
+    if crowded & (first < last):
+        ties = ties_before(scores, bound, first, K, BLOCK)
+    left = whole - first * LINES
+    for block in tl.range(first, last):
+        kept = block_words(words_reaching(values, bound, ASSEMBLY), rest_reaching, left)
+        if crowded:
+            tied = block_words(words_of(values == bound), rest_tied, left)
+            numbers = bits_set(tied)
+            before = ties + tl.cumsum(numbers, 0) - numbers
+            kept = (kept ^ tied) | first_ties(tied, before, K)
+            ties += tl.sum(numbers, 0)
+        # Asked for here, the next block arrives while this one is listed.
+        values = load_lines(scores + (block + 1) * BLOCK, left - LINES, LINES)
+        found = list_kept(candidates, scores, kept, block * BLOCK, found, CAPACITY)
+        left -= LINES
+    place = found + tl.arange(0, LINE)
+    unused = tl.full((LINE,), HIDDEN_BITS, tl.int32)
+    tl.store(
+        candidates + CAPACITY + place, unused, mask=place < tl.minimum(tl.cdiv(found, LINE) * LINE, CAPACITY)
+    )
+    tl.store(counts + tl.program_id(0), found)
 
 
 @triton.jit
@@ -342,79 +477,164 @@ def pad_list(out, listed, K, BLOCK: tl.constexpr):
 def load_block(scores, start, end, BLOCK: tl.constexpr):
     """A block of ordered scores from `start`, hidden behind `end`."""
     place = start + tl.arange(0, BLOCK)
-    return ordered(tl.load(scores + place, mask=place < end, other=hidden_scores((BLOCK,))))
+    values = tl.load(scores + place, mask=place < end, other=hidden_scores((BLOCK,)))
+    return ordered(values.to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def count_in_row(scores, length, threshold, BLOCK: tl.constexpr):
-    """How many ordered scores of a row reach a threshold."""
-    reached = tl.zeros((BLOCK,), tl.int32)
+def count_in_row(scores, length, first, second, BLOCK: tl.constexpr):
+    """How many ordered scores of a row reach each of two thresholds."""
+    reach_first = tl.zeros((BLOCK,), tl.int32)
+    reach_second = tl.zeros((BLOCK,), tl.int32)
     for start in tl.range(0, length, BLOCK):
-        reached += (load_block(scores, start, length, BLOCK) >= threshold).to(tl.int32)
-    return tl.sum(reached, 0)
+        values = load_block(scores, start, length, BLOCK)
+        reach_first += (values >= first).to(tl.int32)
+        reach_second += (values >= second).to(tl.int32)
+    return tl.sum(reach_first, 0), tl.sum(reach_second, 0)
 
 
 @triton.jit
 def select_from_row(out, scores, length, K, BLOCK: tl.constexpr):
-    """The selection of a row read over and over, one bit of the threshold a pass: for rows that their sample misjudged.
-    Returns how many keys were written."""
-    selected = tl.minimum(count_in_row(scores, length, HIDDEN + 1, BLOCK), K)
-    count = count_in_row(scores, length, 0, BLOCK)
-    threshold = tl.where(count >= selected, 0, HIDDEN)
-    bit = tl.where(count == selected, 0, 1 << 30)
-    while bit > 0:
-        higher = threshold + bit
-        count = count_in_row(scores, length, higher, BLOCK)
-        threshold = tl.where(count >= selected, higher, threshold)
-        bit = tl.where(count == selected, 0, bit >> 1)
-    room = selected - count_in_row(scores, length, threshold + 1, BLOCK)
+    """The selection of a row read over and over, a round of the search a pass: for rows that their sample misjudged. Returns
+    how many keys were written."""
+    lowest = tl.full((BLOCK,), LARGEST, tl.int32)
+    highest = tl.full((BLOCK,), HIDDEN, tl.int32)
+    for start in tl.range(0, length, BLOCK):
+        values = load_block(scores, start, length, BLOCK)
+        lowest = tl.minimum(lowest, tl.where(values == HIDDEN, LARGEST, values))
+        highest = tl.maximum(highest, values)
+    low = tl.min(lowest, 0)
+    high = tl.max(highest, 0) + 1
+    reach_low, reach_high = count_in_row(scores, length, low, high, BLOCK)
+    selected = tl.minimum(reach_low, K)
+    slow = selected < 0
+    while (reach_low > selected) & (low + 1 < high):
+        first, second = next_pivots(low, high, reach_low, reach_high, selected, slow)
+        reach_first, reach_second = count_in_row(scores, length, first, second, BLOCK)
+        window = reach_low - reach_high
+        low, high, reach_low, reach_high = narrowed(
+            low, high, reach_low, reach_high, first, second, reach_first, reach_second, selected
+        )
+        slow = ((reach_low - reach_high) * 2 > window) & (slow == 0)
+    exceeding, _ = count_in_row(scores, length, low + 1, low + 1, BLOCK)
     above = tl.full((), 0, tl.int32)
     ties = tl.full((), 0, tl.int32)
     for start in tl.range(0, length, BLOCK):
         values = load_block(scores, start, length, BLOCK)
-        tied = (values == threshold) & (values != HIDDEN)
-        keep, place, above, ties = rank_kept(values > threshold, tied, above, ties, room)
+        tied = (values == low) & (values != HIDDEN)
+        keep, place, above, ties = rank_kept(values > low, tied, above, ties, selected - exceeding)
         tl.store(out + place, start + tl.arange(0, BLOCK), mask=keep)
     return selected
 
 
 @triton.jit
-def select_from_candidates(out, scores, candidates, kept, K, SLOTS: tl.constexpr):
-    """The selection among the first `kept` candidates (at most SLOTS). Returns how many keys were written."""
-    slot = tl.arange(0, SLOTS)
-    keys = tl.load(candidates + slot, mask=slot < kept, other=0)
-    values = ordered(tl.load(scores + keys, mask=slot < kept, other=hidden_scores((SLOTS,))))
-    selected = tl.minimum(kept, K)
-    best = kth_largest(values, selected)
-    room = selected - count_of(values > best)
-    zero = tl.full((), 0, tl.int32)
-    tied = (values == best) & (slot < kept)
-    keep, place, _, _ = rank_kept(values > best, tied, zero, zero, room)
-    # Read again rather than held in registers over the search.
-    tl.store(out + place, tl.load(candidates + slot, mask=keep, other=0), mask=keep)
+def candidate_lines(before, LINES: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr):
+    """Where each of a row's lines of candidates stands, in lines from the first split's. before: [SPLITS], the number of lines
+    in earlier splits."""
+    line = tl.arange(0, LINES)
+    places = line
+    if SPLITS > 1:
+        # Of the splits that begin at or before a line, the last one moves it furthest.
+        shift = tl.arange(0, SPLITS) * (2 * CAPACITY // LINE) - before
+        places += tl.max(tl.where(before[None, :] <= line[:, None], shift[None, :], 0), 1)
+    return places
+
+
+@triton.jit
+def scatter(places, values, mask, ASSEMBLY: tl.constexpr):
+    """Store where the mask says.
+
+    In assembly because the compiler would first pass places and values through shared memory, to an order of threads that
+    suits a store of which it knows nothing; here neighbours store to neighbouring places as they are.
+    """
+    if ASSEMBLY:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [places.to(tl.int64), values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(places, values, mask=mask)
+
+
+@triton.jit
+def select_from_slots(
+    out, scores, candidates, before, length, lines, direct, K,
+    LINES: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """The selection among a row's `lines` lines, at most LINES, of scores (`direct`) or candidates. Returns how many keys were
+    written."""
+    line = tl.arange(0, LINES)
+    columns = tl.arange(0, LINE)[None, :]
+    places = candidate_lines(before, LINES, CAPACITY, SPLITS)[:, None] * LINE + columns
+    if direct:
+        whole = length // LINE
+        bits = load_lines(scores, whole, LINES).to(tl.int32, bitcast=True)
+        rest = load_rest(scores, length).to(tl.int32, bitcast=True)
+        bits = tl.where((line < whole)[:, None], bits, tl.where((line == whole)[:, None], rest, HIDDEN_BITS))
+    else:
+        bits = tl.load(candidates + CAPACITY + places, mask=(line < lines)[:, None], other=HIDDEN_BITS)
+    values = ordered(bits)
+    seen = count_of(values != HIDDEN)
+    selected = tl.minimum(seen, K)
+    best, reached = threshold_of(values, seen, selected, selected)
+    words = words_of(values >= best)
+    if reached > selected:
+        above = words_of(values > best)
+        tied = words ^ above
+        numbers = bits_set(tied)
+        words = above | first_ties(
+            tied, tl.cumsum(numbers, 0) - numbers, selected - tl.sum(bits_set(above), 0)
+        )
+    kept = (words[:, None] & bits_of_line()) != 0
+    keys = line[:, None] * LINE + columns
+    if direct == 0:
+        keys = tl.load(candidates + places, mask=(line < lines)[:, None], other=0)
+    numbers = bits_set(words)
+    rank = (tl.cumsum(numbers, 0) - numbers)[:, None] + bits_set(words[:, None] & (bits_of_line() - 1))
+    scatter(out + rank, keys, kept, ASSEMBLY)
     return selected
 
 
 @triton.jit(do_not_specialize=["T", "S", "K", "offset"])
 def _finish(
-    scores, thresholds, candidates, kept_counts, positions, out, T, S, K, offset, score_batch, score_row,
+    scores, thresholds, counts, candidates, positions, out, T, S, K, offset, score_batch, score_row,
     out_batch, out_row,
-    CAPACITY: tl.constexpr, RECOUNT: tl.constexpr, ON_DEVICE: tl.constexpr,
+    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, COLLECTED: tl.constexpr, RECOUNT: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """The K best of a row's candidates as an ascending list, −1 behind them. Grid: B · T."""
+    """The K best of a row's candidates as an ascending list, −1 behind them; of its scores where they are no more than
+    CAPACITY, as without COLLECTED they always are. Grid: B · T."""
     row = tl.program_id(0)
     length = seen_length(row, T, S, positions, offset, ON_DEVICE)
     scores = row_scores(scores, row, T, score_batch, score_row)
-    candidates += row.to(tl.int64) * CAPACITY
     out += (row // T).to(tl.int64) * out_batch + (row % T).to(tl.int64) * out_row
-    kept = tl.load(kept_counts + row)
-    enough = (kept >= K) | (tl.load(thresholds + row) == HIDDEN)
+    lines = tl.cdiv(length, LINE)
+    before = tl.zeros((SPLITS,), tl.int32)
+    direct = True
+    certain = True
+    if COLLECTED:
+        candidates = row_candidates(candidates, row, 0, CAPACITY, SPLITS)
+        direct = length <= CAPACITY
+        # Of a row that was not collected this is whatever stood there, and not used.
+        numbers = tl.load(counts + row * SPLITS + tl.arange(0, SPLITS))
+        held = tl.cdiv(numbers, LINE)
+        before = tl.cumsum(held, 0) - held
+        lines = tl.where(direct, lines, tl.sum(held, 0))
+        certain = direct | (tl.sum(numbers, 0) >= K) | (tl.load(thresholds + row) == HIDDEN)
     selected = tl.full((), 0, tl.int32)
-    if enough & (kept <= CAPACITY // 2):
-        selected = select_from_candidates(out, scores, candidates, kept, K, CAPACITY // 2)
-    elif enough & (kept <= CAPACITY):
-        selected = select_from_candidates(out, scores, candidates, kept, K, CAPACITY)
-    else:
+    if certain & (lines <= CAPACITY // LINE // 2):
+        selected = select_from_slots(
+            out, scores, candidates, before, length, lines, direct, K, CAPACITY // LINE // 2, CAPACITY, SPLITS, ASSEMBLY
+        )  # fmt: skip
+    elif certain & (lines <= CAPACITY // LINE):
+        selected = select_from_slots(
+            out, scores, candidates, before, length, lines, direct, K, CAPACITY // LINE, CAPACITY, SPLITS, ASSEMBLY
+        )  # fmt: skip
+    elif COLLECTED:
         selected = select_from_row(out, scores, length, K, RECOUNT)
     pad_list(out, selected, K, RECOUNT)
 
@@ -460,49 +680,57 @@ def select_scored(
     if not 1 <= top_k <= LARGEST_TOP_K:
         raise ValueError(f"top_k is {top_k}; it can be 1 to {LARGEST_TOP_K}")
     device = scores.device
+    capability = device_capability(device)
     rows = batch * queries
     if plan is None:
-        plan = selection_plan(device_capability(device), rows, keys, top_k, device_processors(device))
+        plan = selection_plan(capability, rows, keys, top_k, device_processors(device))
     if out is None:
         out = torch.empty((batch, queries, top_k), dtype=torch.int32, device=device)
-    plane = triton.cdiv(keys, 32)
-    marks = torch.empty((rows, 2, plane), dtype=torch.int32, device=device)
-    candidates = torch.empty((rows, plan.capacity), dtype=torch.int32, device=device)
-    thresholds = torch.empty(rows, dtype=torch.int32, device=device)
-    kept_counts = torch.empty(rows, dtype=torch.int32, device=device)
-    place = thresholds if positions is None else positions
+    collected = keys > plan.capacity
+    thresholds = counts = candidates = out
+    place = out if positions is None else positions
     strides = (scores.stride(0), scores.stride(1))
-    sizes: dict[str, Any] = {"CAPACITY": plan.capacity, "ON_DEVICE": positions is not None}
-    if plan.sample_apart:
-        _threshold[(rows,)](
-            scores, thresholds, place, queries, keys, offset, *strides, SAMPLE=plan.sample, **sizes,
-            num_warps=plan.threshold_warps,
+    if collected:
+        candidates = torch.empty(plan.candidate_bytes(rows) // 4, dtype=torch.int32, device=device)
+        thresholds = torch.empty(rows, dtype=torch.int32, device=device)
+        counts = torch.empty(rows * plan.splits, dtype=torch.int32, device=device)
+        _collect[(rows * plan.splits,)](
+            scores, thresholds, counts, candidates, place, queries, keys, top_k, offset, *strides,
+            CAPACITY=plan.capacity, SAMPLE=plan.sample, BLOCK=plan.block, SPLITS=plan.splits, EARLY=plan.early,
+            ON_DEVICE=positions is not None, ASSEMBLY=capability > 0, num_warps=plan.collect_warps,
+            maxnreg=plan.collect_registers,
         )  # fmt: skip
-    _mark[(rows, plan.splits)](
-        scores, thresholds, marks, place, queries, keys, offset, *strides, plane, SAMPLE=plan.sample,
-        BLOCK=plan.block, SPLITS=plan.splits, SAMPLE_APART=plan.sample_apart, **sizes, num_warps=8,
-    )  # fmt: skip
-    _expand[(rows, plan.splits)](
-        thresholds, marks, candidates, kept_counts, place, queries, keys, top_k, offset, plane,
-        WORDS=plan.words, SPLITS=plan.splits, **sizes, num_warps=4,
-    )  # fmt: skip
     _finish[(rows,)](
-        scores, thresholds, candidates, kept_counts, place, out, queries, keys, top_k, offset, *strides,
-        *out.stride()[:2], RECOUNT=plan.recount, **sizes, num_warps=plan.finish_warps,
+        scores, thresholds, counts, candidates, place, out, queries, keys, top_k, offset, *strides, *out.stride()[:2],
+        CAPACITY=plan.slots(keys), SPLITS=plan.splits if collected else 1, COLLECTED=collected, RECOUNT=plan.recount,
+        ON_DEVICE=positions is not None, ASSEMBLY=capability > 0, num_warps=plan.finish_warps(keys),
         maxnreg=plan.finish_registers,
     )  # fmt: skip
     return out
 
 
-def queries_a_chunk(batch: int, queries: int, keys: int, top_k: int, capability: int) -> tuple[int, int]:
-    """How many batch rows and queries go at once for all that they write to stay within `WORKSPACE_BYTES`; at least one."""
-    padded = padded_length(keys)
-    capacity = selection_plan(capability, 1, keys, top_k, 1).capacity
-    rows = max(1, WORKSPACE_BYTES // (4 * padded + padded // 4 + 4 * capacity))
-    if rows >= queries:
-        return min(batch, rows // queries), queries
-    # Whole tiles of queries, as long as there is one.
-    return 1, rows - rows % 64 if rows >= 64 else rows
+def queries_a_chunk(
+    batch: int, queries: int, keys: int, top_k: int, capability: int, processors: int
+) -> tuple[int, int]:
+    """How many batch rows and queries go at once for all that they write to stay within `WORKSPACE_BYTES`: as few parts as can
+    be, of equal size, whole tiles of queries as long as there is one; at least one query."""
+
+    def fits(rows: int) -> bool:
+        plan = selection_plan(capability, rows, keys, top_k, processors)
+        candidates = plan.candidate_bytes(rows) if keys > plan.capacity else 0
+        return 4 * padded_length(keys) * rows + candidates <= WORKSPACE_BYTES
+
+    for parts in range(1, batch + 1):
+        if fits(triton.cdiv(batch, parts) * queries):
+            return triton.cdiv(batch, parts), queries
+    # What the scores alone need is where to begin.
+    for parts in range(1 + 4 * padded_length(keys) * queries // WORKSPACE_BYTES, queries):
+        part = triton.cdiv(queries, parts)
+        if part > 64:
+            part = triton.cdiv(part, 64) * 64
+        if fits(part):
+            return 1, part
+    return 1, 1
 
 
 def select_keys(
@@ -543,7 +771,8 @@ def select_keys(
             ON_DEVICE=positions is not None, num_warps=4,
         )  # fmt: skip
         return out
-    batch_chunk, query_chunk = queries_a_chunk(batch, queries, keys, top_k, capability)
+    processors = device_processors(q.device)
+    batch_chunk, query_chunk = queries_a_chunk(batch, queries, keys, top_k, capability, processors)
     scores = torch.empty(
         (batch_chunk, query_chunk, padded_length(keys)), dtype=torch.float32, device=q.device
     )
@@ -570,25 +799,27 @@ def select_keys(
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """The kernels of this file as the 30B model launches them, for a chunk of prefill and for decoding, and as keye-nano does."""
+    """The kernels of this file as the 30B model launches them, for a chunk of prefill near its end and near its beginning and
+    for decoding, and as keye-nano does."""
     pointers = {"scores": "*fp32", "segments": "*i64"} | dict.fromkeys(
-        ("thresholds", "marks", "candidates", "kept_counts", "positions", "out"), "*i32"
+        ("thresholds", "counts", "candidates", "positions", "out"), "*i32"
     )
     cases = []
-    for name, rows, top_k in (("prefill", 448, 2048), ("decode", 1, 2048), ("nano", 1024, 256)):
-        plan = selection_plan(capability, rows, 131072, top_k, 132)
+    for name, rows, keys, top_k in (
+        ("prefill", 1024, 131072, 2048),
+        ("decode", 1, 131072, 2048),
+        ("nano", 1024, 131072, 256),
+        ("few keys", 1024, 4096, 2048),
+    ):
+        plan = selection_plan(capability, rows, keys, top_k, 132)
+        collected = keys > plan.capacity
         sizes = {
-            "CAPACITY": plan.capacity, "SAMPLE": plan.sample,
-            "BLOCK": plan.block, "SPLITS": plan.splits, "WORDS": plan.words, "RECOUNT": plan.recount,
-            "SAMPLE_APART": plan.sample_apart, "ON_DEVICE": rows == 1, "SEGMENTED": True,
+            "CAPACITY": plan.slots(keys), "SAMPLE": plan.sample, "BLOCK": plan.block, "SPLITS": plan.splits if collected else 1,
+            "EARLY": plan.early, "RECOUNT": plan.recount, "COLLECTED": collected, "ON_DEVICE": rows == 1, "ASSEMBLY": True,
         }  # fmt: skip
-        for kernel, warps in (
-            (_threshold, plan.threshold_warps),
-            (_mark, 8),
-            (_expand, 4),
-            (_finish, plan.finish_warps),
-        ):
-            cases.append(_case(f"{kernel.__name__.strip('_')}, {name}", kernel, pointers, sizes, warps))
+        if collected:
+            cases.append(_case(f"collect, {name}", _collect, pointers, sizes, plan.collect_warps))
+        cases.append(_case(f"finish, {name}", _finish, pointers, sizes, plan.finish_warps(keys)))
     listing = {"BLOCK": 1024, "SEGMENTED": True, "ON_DEVICE": False}
     return [*cases, _case("list_visible", _list_visible, pointers, listing, 4)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from keyecli import session
+from keyecli.errors import InputError
 from tests.commands.conftest import Keye, run_keye
 
 Clips = Callable[..., Path]
@@ -84,8 +86,6 @@ def test_show_thinking_puts_the_reasoning_before_the_answer(
 
 
 def test_the_question_from_stdin(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\n"))
     assert answer_of(keye, str(clip), "-")["question"] == "What happens?"
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
@@ -350,12 +350,206 @@ def test_a_whole_run_in_a_process_of_its_own(clip: Path, isolated: dict[str, str
     assert ended.stderr == CUT_OFF
 
 
-def test_kernels_of_a_gpu_are_refused_without_one(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_a_gpu_are_refused_without_one(
+    keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("keyecli.engine.loaded.interprets", lambda: False)
     code, out, err = keye("ask", str(clip), "What happens?", "--device", "cpu", "--kernels", "triton")
     assert (code, out) == (2, "")
-    assert err == "keye: --kernels triton runs on an NVIDIA GPU, and the device is cpu: leave the option out\n"
+    assert (
+        err == "keye: --kernels triton runs on an NVIDIA GPU, and the device is cpu: leave the option out\n"
+    )
     code, _, err = keye("ask", str(clip), "What happens?", "--kernels", "fast")
     assert (code, err) == (2, "keye: --kernels must be auto, reference or triton, not fast\n")
     code, _, _ = keye("ask", str(clip), "What happens?", "--kernels", "reference", *FEW)
     assert code == 0
+
+
+# Each file by itself: lists, folders, patterns.
+
+
+@pytest.fixture
+def shelf(folder: Path, clips: Clips) -> Path:
+    """Three clips in two folders, among other files."""
+    for name, frames in (("b.mp4", 26), ("A.MKV", 30), ("deep/c d.mp4", 40)):
+        path = folder / "shelf" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clips(f"shelf-{frames}.mp4", frames).read_bytes())
+    for name in ("notes.txt", ".hidden.mp4", "deep/.trash/old.mp4"):
+        path = folder / "shelf" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder / "shelf"
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+SHORT = ("--no-think", *FEW)
+ALL = ["shelf/A.MKV", "shelf/b.mp4", "shelf/deep/c d.mp4"]
+
+
+def answers_about(keye: Keye, *arguments: str) -> list[dict[str, Any]]:
+    code, out, err = keye("ask", *arguments, *SHORT, "--json")
+    assert (code, err) == (0, CUT_OFF)
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def paths_of(answers: list[dict[str, Any]]) -> list[str]:
+    return [item["path"] for answer in answers for item in answer["inputs"]]
+
+
+def test_each_answer_is_the_one_it_would_get_alone(keye: Keye, shelf: Path) -> None:
+    together = answers_about(keye, *ALL, "What?", "--each")
+    assert len({answer["text"] for answer in together}) > 1
+    for path, answer in zip(ALL, together, strict=True):
+        (alone,) = answers_about(keye, path, "What?")
+        del alone["timings"], answer["timings"]
+        assert answer == alone
+    expected = "\n".join(f"{path}\n{answer['text']}\n" for path, answer in zip(ALL, together, strict=True))
+    assert keye("ask", *ALL, "What?", "--each", *SHORT) == (0, expected, CUT_OFF)
+
+
+def test_without_each_they_are_seen_together(keye: Keye, shelf: Path) -> None:
+    (answer,) = answers_about(keye, *ALL, "What?")
+    assert paths_of([answer]) == ALL
+
+
+def test_folders_and_what_is_below_them(keye: Keye, shelf: Path, clip: Path) -> None:
+    assert paths_of(answers_about(keye, "shelf/", "What?", "-r")) == ALL
+    answers = answers_about(keye, str(clip), "./shelf/deep", "shelf/b.mp4", "What?", "--recursive")
+    assert paths_of(answers) == [str(clip), "shelf/deep/c d.mp4", "shelf/b.mp4"]
+
+
+def test_patterns_are_matched_as_by_a_shell(keye: Keye, shelf: Path) -> None:
+    assert paths_of(answers_about(keye, "shelf/*.[mM]*", "What?", "--each")) == ALL[:2]
+    assert paths_of(answers_about(keye, "shelf/**/*.m??", "What?", "--each")) == ALL[1:]
+    (answer,) = answers_about(keye, "shelf/**/*.m??", "What?")
+    assert paths_of([answer]) == ALL[1:]
+    (shelf / "b.mp4").rename(shelf / "b[1].mp4")
+    assert paths_of(answers_about(keye, "shelf/b[1].mp4", "What?")) == ["shelf/b[1].mp4"]
+
+
+def test_a_list_in_its_order(keye: Keye, shelf: Path, stdin: Callable[[bytes], None]) -> None:
+    listed = [ALL[2], ALL[0], ALL[2]]
+    Path("list.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*listed, ""]).encode())
+    assert paths_of(answers_about(keye, "-i", "list.txt", "What?")) == listed
+    stdin(("\n\n".join(listed)).encode())
+    assert paths_of(answers_about(keye, ALL[1], "-i", "-", "What?")) == [ALL[1], *listed]
+    stdin(b"shelf/deep\nshelf/b.mp4")
+    assert paths_of(answers_about(keye, "-i", "-", "-r", "What?")) == [ALL[2], ALL[1]]
+
+
+def test_each_answer_comes_before_the_next_path(shelf: Path, isolated: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "keyecli", "ask", "-i", "-", "What?", "--json", *SHORT]
+    with subprocess.Popen(
+        command, env=isolated, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for path in ALL:
+            process.stdin.write(path.encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["inputs"][0]["path"] == path
+        # The reader goes away while there is more to come.
+        process.stdout.close()
+        process.stdin.write(ALL[0].encode() + b"\n")
+        process.stdin.close()
+        assert process.stderr.read().decode() == CUT_OFF
+        assert process.wait() == 1
+
+
+def test_what_fails_leaves_the_others_alone(
+    keye: Keye, shelf: Path, stdin: Callable[[bytes], None], clips: Clips
+) -> None:
+    (shelf / "bad.mp4").write_text("This is no video.")
+    (shelf / "empty").mkdir()
+    stdin(b"shelf/bad.mp4\nshelf/b.mp4\nshelf/empty\nnowhere/a.mp4\nshelf/n\xffme.mp4\nshelf/A.MKV\n")
+    code, out, err = keye("ask", "-i", "-", "What?", "-r", "--start", "1.05", "--json", *SHORT)
+    assert code == 1
+    assert [json.loads(line)["inputs"][0]["path"] for line in out.splitlines()] == ["shelf/A.MKV"]
+    said = err.splitlines()
+    assert [words for words in said if not words.startswith("keye: warning")] == [
+        "keye: shelf/bad.mp4 is not a video or image that FFmpeg can read; check that it is the right file",
+        "keye: shelf/b.mp4: the part begins at 0:00:01.050, but b.mp4 ends at 0:00:01.040",
+        "keye: the folder shelf/empty holds no videos or images",
+        "keye: nowhere/a.mp4 does not exist; check the path",
+        "keye: the name of shelf/n\\udcffme.mp4 is not UTF-8: give the file another one",
+        "keye: 5 of 6 inputs failed, as told above",
+    ]
+
+
+def test_a_failure_in_the_middle_of_an_answer_ends_its_line(
+    keye: Keye, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(self: Any, path: str, question: str, *, on_text: Any, **_: Any) -> Any:
+        on_text("It ")
+        if path == ALL[0]:
+            raise InputError(f"{path} can no longer be read")
+        on_text("bounces.")
+        return type("Answer", (), {"prompt_tokens": 1, "completion_tokens": 4, "timings": {"total_s": 0.5}})
+
+    monkeypatch.setattr(session.Keye, "ask", ask)
+    code, out, err = keye("ask", *ALL[:2], "What?", "--each")
+    assert (code, out) == (1, f"{ALL[0]}\nIt \n\n{ALL[1]}\nIt bounces.\n")
+    assert err == f"keye: {ALL[0]} can no longer be read\nkeye: 1 of 2 inputs failed, as told above\n"
+
+
+def test_plans_of_each(keye: Keye, shelf: Path) -> None:
+    code, out, _ = keye("ask", "shelf", "What?", "-r", "--dry-run", "--json")
+    plans = [json.loads(line) for line in out.splitlines()]
+    assert (code, [plan["schema"] for plan in plans]) == (0, ["keye.plan/1"] * 3)
+    assert paths_of(plans) == ALL
+
+
+EACH_ERRORS: dict[str, tuple[list[str], int, str]] = {
+    "no question": (
+        ["shelf", "-r"],
+        2,
+        'no question after shelf: give one, as in `keye ask clip.mp4 "What happens?"`',
+    ),
+    "a list alone": (
+        ["-i", "list.txt"],
+        2,
+        'nothing to look at: give a video and a question, as in `keye ask clip.mp4 "What happens?"`',
+    ),
+    "a folder without -r": (
+        ["shelf", "What?"],
+        3,
+        "shelf is a directory, not a video; name files, or add -r for all in it",
+    ),
+    "an empty folder": (["shelf/none", "What?", "-r"], 3, "the folder shelf/none holds no videos or images"),
+    "a pattern without matches": (
+        ["shelf/*.avi", "What?"],
+        3,
+        "shelf/*.avi does not exist, and as a pattern it matches nothing",
+    ),
+    "no such list": (["-i", "no.txt", "What?"], 3, "the list no.txt cannot be read: No such file or directory"),
+    "an empty list": (["-i", "list.txt", "What?"], 3, "nothing to look at: the list names no file"),
+    "a video as list": (
+        ["-i", "shelf/b.mp4", "What?"],
+        3,
+        "line 1 of shelf/b.mp4 is no path: a list is text with one path a line",
+    ),
+    "stdin twice": (["-i", "-", "-"], 2, "stdin can be the list or the question, not both"),
+    "subtitles": (
+        ["shelf/b.mp4", "What?", "--each", "--subtitles", "a.srt"],
+        2,
+        "--subtitles goes with exactly one video, and -i, -r and --each ask about several",
+    ),
+    "a reserved word": (
+        ["shelf/b.mp4", "What is <|im_end|>?", "--each"],
+        2,
+        "the question contains <|im_end|>, a mark of the model's own: leave it out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), EACH_ERRORS.values(), ids=list(EACH_ERRORS))
+def test_wrong_lists(arguments: list[str], code: int, message: str, keye: Keye, shelf: Path) -> None:
+    Path("list.txt").write_text("\n\n")
+    (shelf / "none").mkdir()
+    assert keye("ask", *arguments) == (code, "", f"keye: {message}\n")

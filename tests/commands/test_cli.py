@@ -115,7 +115,8 @@ def test_every_command_has_an_opening_sentence_and_options_with_help(command: st
 
 ONE_SENTENCE = {
     "aks": "keye: there is no command aks; did you mean ask?\n",
-    "dance": "keye: there is no command dance; there are ask, ground, summarize, plan, scenes, forge, bench\n",
+    "dance": "keye: there is no command dance; there are ask, ground, summarize, plan, scenes, forge, bench, "
+    "export, clip, batch, report\n",
     "ask": 'keye: nothing to look at: give a video and a question, as in `keye ask clip.mp4 "What happens?"`\n',
     "ask clip.mp4": 'keye: no question after clip.mp4: give one, as in `keye ask clip.mp4 "What happens?"`\n',
     "plan": "keye: nothing to look at: give at least one video, as in `keye plan clip.mp4`\n",

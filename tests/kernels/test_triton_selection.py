@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels import indexer, reference, selection
@@ -14,6 +16,8 @@ from tests.compare import assert_close, assert_same
 from tests.kernels.on_device import CUDA, DEVICE, DTYPES, poisoned
 
 REPEATS = 100 if CUDA else 2
+# Infinite scores are searched too, and NumPy, which Triton's interpreter computes with, says so.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,7 +86,7 @@ def check_rows(scores: Tensor, visible: Tensor, top_k: int, what: str, **argumen
     assert_same(lists, expected_lists(scores[:, None], visible[:, None], top_k), what=what)
 
 
-@pytest.mark.parametrize(("keys", "top_k"), [(420, 12), *([(20_000, 2048), (140_001, 2048)] if CUDA else [])])
+@pytest.mark.parametrize(("keys", "top_k"), [(200, 12), *([(20_000, 2048), (140_001, 2048)] if CUDA else [])])
 def test_lists_equal_the_definition_on_hard_rows(keys: int, top_k: int) -> None:
     rows = patterns(keys, seed=keys)
     scores = torch.stack(list(rows.values()))
@@ -99,46 +103,126 @@ def test_unseen_keys_are_never_listed(seen: float) -> None:
     check_rows(scores, visible, top_k, f"{seen} of the keys in sight")
 
 
-@pytest.mark.parametrize("keys", [1, 11, 12, 13, 49, 65])
-def test_lengths_around_the_selection(keys: int) -> None:
+@pytest.mark.parametrize("keys", [1, 11, 12, 13, *((4096, 4097) if CUDA else (64, 65))])
+def test_lengths_around_the_selection_and_the_capacity(keys: int) -> None:
     scores = torch.stack((randn(keys, seed=keys), torch.zeros(keys, device=DEVICE)))
+    plan = selection.selection_plan(90 if CUDA else 0, 2, keys, 12, 1)
+    assert plan.capacity in (64, 4096)
     check_rows(scores, torch.ones_like(scores, dtype=torch.bool), 12, f"{keys} keys")
 
 
-@pytest.mark.parametrize("top_k", [1, 5])
-@pytest.mark.parametrize(("splits", "sample_apart"), [(1, True), (4, False)])
-def test_any_plan_gives_the_same_lists(top_k: int, splits: int, sample_apart: bool) -> None:
-    """Rows whole or shared, and samples so small that many rows are misjudged and searched again."""
-    keys = 60_000 if CUDA else 600
+def plan_of(rows: int, keys: int, top_k: int, **changes: Any) -> selection.SelectionPlan:
+    """A plan with the smallest sizes, but for `changes`."""
+    plan = selection.selection_plan(90 if CUDA else 0, rows, keys, top_k, 1)
+    smallest = {"capacity": 512, "sample": 128} if CUDA else {"capacity": 64, "sample": 4}
+    return dataclasses.replace(plan, **(smallest | changes))
+
+
+@pytest.mark.parametrize("top_k", [1, 30])
+@pytest.mark.parametrize(("splits", "early"), [(1, False), (4, True)])
+def test_any_plan_gives_the_same_lists(top_k: int, splits: int, early: bool) -> None:
+    """Rows whole or shared, by more splits than there are blocks, and samples so small that rows are misjudged either way and
+    searched again."""
+    keys = 10_000 if CUDA else 600
     rows = patterns(keys, seed=3)
-    scores = torch.stack([rows[name] for name in ("half zeros", "one burst")])
-    plan = selection.selection_plan(90 if CUDA else 0, len(scores), keys, top_k, 1)
-    plan = dataclasses.replace(
-        plan,
-        splits=splits,
-        sample_apart=sample_apart,
-        sample=512 if CUDA else 16,
-        capacity=512 if CUDA else 32,
-    )
+    scores = torch.stack([rows[name] for name in ("half zeros", "one burst", "few values")])
+    plan = plan_of(len(scores), keys, top_k, splits=splits, early=early)
     check_rows(scores, torch.ones_like(scores, dtype=torch.bool), top_k, f"{plan}", plan=plan)
 
 
-@pytest.mark.parametrize("name", ["random", "few values"])
+def clusters(keys: int, top_k: int) -> dict[str, Tensor]:
+    """Rows whose winners stand together, and rows tied where it hurts."""
+    noise = randn(keys, seed=11).clamp(-3, 3)
+    first, last, inner = noise.clone(), noise.clone(), noise.clone()
+    first[: 2 * top_k] += 10
+    last[-2 * top_k :] += 10
+    inner[keys // 2 : keys // 2 + 2 * top_k] += 10
+    # Most keys tied, fewer above than are selected: the last of the tied that are may stand in any block.
+    tied = torch.where(noise > 1.7, noise, torch.where(noise > -1, torch.ones_like(noise), noise - 5))
+    late = tied.clone()
+    late[: keys - 4 * top_k] = late[: keys - 4 * top_k].clamp(max=1.0)
+    late[(late == 1) & (torch.arange(keys, device=DEVICE) < keys // 2)] = -1.0
+    late[top_k // 2 : keys // 2 : keys // top_k] = 1.0
+    return {"first": first, "last": last, "inner": inner, "tied": tied, "tied late": late}
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_winners_and_ties_anywhere_in_the_row(splits: int) -> None:
+    keys, top_k = (70_000, 512) if CUDA else (520, 12)
+    rows = clusters(keys, top_k)
+    scores = torch.stack(list(rows.values()))
+    visible = torch.ones_like(scores, dtype=torch.bool)
+    plan = plan_of(
+        len(scores), keys, top_k, splits=splits, **({"capacity": 2048} if CUDA else {"sample": 16})
+    )
+    if splits == 1:
+        visible[:, 1:-1:2] = False
+    check_rows(scores, visible, top_k, f"rows of {list(rows)}", plan=plan)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_candidates_are_the_keys_that_reach_the_threshold(splits: int) -> None:
+    """What `_collect` leaves behind: in order, each with its score, whole lines; of very many ties the first of the row."""
+    keys, top_k = (30_000, 256) if CUDA else (620, 10)
+    rows = patterns(keys, seed=5) | clusters(keys, top_k)
+    names = ["infinities", "all equal", "tied late"]
+    scores = torch.stack([rows[name] for name in names])
+    plan = plan_of(len(names), keys, top_k, splits=splits, **({"capacity": 4096} if CUDA else {"sample": 32}))
+    assert keys > plan.capacity
+    thresholds = torch.full((len(names),), 7, dtype=torch.int32, device=DEVICE)
+    counts = torch.full((len(names), splits), -7, dtype=torch.int32, device=DEVICE)
+    candidates = torch.full((len(names), splits, 2, plan.capacity), -7, dtype=torch.int32, device=DEVICE)
+    selection._collect[(len(names) * splits,)](
+        scores, thresholds, counts, candidates, counts, 1, keys, top_k, keys - 1, scores.stride(0), 0,
+        CAPACITY=plan.capacity, SAMPLE=plan.sample, BLOCK=plan.block, SPLITS=splits, EARLY=False, ON_DEVICE=False,
+        ASSEMBLY=CUDA, num_warps=plan.collect_warps,
+    )  # fmt: skip
+    span = triton.cdiv(triton.cdiv(keys, plan.block), splits) * plan.block
+    for r, name in enumerate(names):
+        bits = thresholds[r]
+        bound = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+        reaching = scores[r] >= bound
+        ties = scores[r] == bound
+        clipped = (scores[r] > bound) | (ties & (ties.cumsum(0) <= top_k))
+        found = counts[r].tolist()
+        assert sum(found) in (int(reaching.sum()), int(clipped.sum())), name
+        if name != "infinities":
+            assert sum(found) == int(clipped.sum()) < int(reaching.sum()), name
+        kept = reaching if sum(found) == int(reaching.sum()) else clipped
+        for s in range(splits):
+            expected = kept[s * span : (s + 1) * span].nonzero().flatten() + s * span
+            assert found[s] == len(expected), (name, s)
+            listed = candidates[r, s, :, : found[s]]
+            assert_same(listed[0], expected[: plan.capacity].int(), what=f"keys of {name}")
+            assert_same(
+                listed[1].view(torch.float32), scores[r, expected[: plan.capacity]], what=f"scores of {name}"
+            )
+            padding = candidates[r, s, 1, found[s] : -(-found[s] // 32) * 32]
+            assert bool((padding == indexer.HIDDEN_BITS.value).all()), name
+
+
+@pytest.mark.parametrize("name", ["random", "few values", "tied where it ends"])
 def test_a_misjudged_row_is_searched_again(name: str) -> None:
-    """A capacity of top_k leaves no room for error: nearly every row must take the second way."""
-    keys, top_k = (9000, 64) if CUDA else (300, 8)
-    scores = patterns(keys, seed=4)[name].expand(2, -1).clone()
+    """A capacity that leaves no room for error: nearly every row must take the second way."""
+    keys, top_k = (9000, 480) if CUDA else (300, 60)
+    rows = patterns(keys, seed=4)
+    ranks = rows["random"].argsort().argsort()
+    # Above the tied are enough for the sample to see nothing else, but fewer than are selected.
+    level = torch.where(ranks >= keys - top_k * 7 // 4, 3.0, rows["random"].clamp(max=2.0))
+    rows["tied where it ends"] = torch.where(ranks >= keys - top_k * 3 // 4, rows["random"] + 5, level)
+    scores = rows[name].expand(2, -1).clone()
     scores[1] = scores[1].flip(0)
-    plan = selection.selection_plan(90 if CUDA else 0, 2, keys, top_k, 1)
-    plan = dataclasses.replace(plan, capacity=top_k, splits=1)
+    plan = plan_of(2, keys, top_k, splits=1)
     check_rows(scores, torch.ones_like(scores, dtype=torch.bool), top_k, name, plan=plan)
 
 
 def test_consecutive_queries_and_positions_on_the_device() -> None:
-    """Causal rows from one position on, the same for all or each batch row its own; keys behind a query hold NaN."""
-    keys, queries, top_k = (5000, 130, 256) if CUDA else (150, 3, 6)
+    """Causal rows from one position on, the same for all or each batch row its own; keys behind a query hold NaN. Some rows
+    have no more keys than candidates have room for, others do, in one launch."""
+    keys, queries, top_k = (9000, 130, 256) if CUDA else (130, 3, 6)
     scores = torch.relu(randn(2, queries, keys, seed=5))
-    for offset in (0, keys - queries):
+    capacity = selection.selection_plan(90 if CUDA else 0, queries, keys, top_k, 1).capacity
+    for offset in (0, capacity - 2):
         visible = reference.visible_keys(queries, keys, scores.device, first_query=offset).expand_as(scores)
         held = laid_out(scores, visible.clone())
         held[~visible] = float("nan")
@@ -151,9 +235,68 @@ def test_consecutive_queries_and_positions_on_the_device() -> None:
         assert_same(lists[b], expected_lists(scores[b : b + 1], visible, top_k)[0], what=f"row {b}")
 
 
+def test_lists_go_where_they_are_told_and_nowhere_else() -> None:
+    """Rows of a wider buffer, its other columns untouched, some rows shorter than their lists."""
+    keys, top_k = (5000, 100) if CUDA else (130, 9)
+    scores = randn(1, 3, keys, seed=8)
+    for offset in (2, keys - 3):
+        buffer = torch.full((1, 3, top_k + 7), 12345, dtype=torch.int32, device=DEVICE)
+        out = selection.select_scored(scores, top_k, offset=offset, out=buffer[..., 3 : 3 + top_k])
+        visible = reference.visible_keys(3, keys, scores.device, first_query=offset)
+        assert_same(out, expected_lists(scores, visible, top_k), what=f"from position {offset}")
+        assert bool((buffer[..., :3] == 12345).all())
+        assert bool((buffer[..., 3 + top_k :] == 12345).all())
+
+
+@triton.jit
+def _search(values, result, least, most, N: tl.constexpr):
+    held = selection.ordered(tl.load(values + tl.arange(0, N)))
+    threshold, reached = selection.threshold_of(
+        held, tl.sum((held != selection.HIDDEN).to(tl.int32), 0), least, most
+    )
+    tl.store(result, threshold)
+    tl.store(result + 1, reached)
+
+
+@pytest.mark.parametrize(
+    "name", ["random", "few values", "signed zeros and extremes", "infinities", "geometric", "hidden"]
+)
+def test_the_search_ends_where_it_should(name: str) -> None:
+    """Exactly as many as asked for, or a threshold that ties hold back; as many as allowed, where a range is."""
+    count = 4096 if CUDA else 64
+    rows = patterns(count, seed=9)
+    rows["geometric"] = torch.exp2(torch.linspace(-120, 120, count, device=DEVICE)) * (-1) ** torch.arange(
+        count, device=DEVICE
+    )
+    rows["hidden"] = rows["random"].masked_fill(rows["few values"] == 0, float("nan"))
+    values = rows[name]
+    bits = values.view(torch.int32).masked_fill(values.isnan(), indexer.HIDDEN_BITS.value)
+    seen = int((~values.isnan()).sum())
+    for least, most in ((1, 1), (count // 3, count // 3), (count // 4, count // 3), (seen, seen)):
+        result = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        _search[(1,)](bits, result, least, most, N=count)
+        threshold, reached = result[:1], int(result[1])
+        bound = torch.where(threshold < 0, threshold ^ 0x7FFFFFFF, threshold).view(torch.float32)
+        assert reached == int((values >= bound).sum()) >= least
+        assert reached <= most or int((values > bound).sum()) < least
+
+
+def test_chunks_are_equal_and_fit() -> None:
+    for keys, top_k in ((4096, 2048), (131_072, 2048), (131_072, 8192), (262_144, 256), (2**20, 2048)):
+        for batch, queries in ((1, 1), (1, 1000), (1, 1024), (1, 9000), (3, 500), (40, 1)):
+            rows, part = selection.queries_a_chunk(batch, queries, keys, top_k, 90, 132)
+            plan = selection.selection_plan(90, rows * part, keys, top_k, 132)
+            candidates = plan.candidate_bytes(rows * part) if keys > plan.capacity else 0
+            assert 4 * keys * rows * part + candidates <= selection.WORKSPACE_BYTES <= 2**30
+            assert (rows == batch and part == queries) or (part == queries or (rows == 1 and part % 64 == 0))
+            parts = -(-queries // part)
+            assert part - queries / parts < 64, "the last part is much smaller than the others"
+    assert selection.queries_a_chunk(1, 1024, 131_072, 2048, 90, 132) == (1, 1024)
+
+
 def test_repeats_are_identical() -> None:
-    keys, top_k = (50_000, 2048) if CUDA else (300, 12)
-    scores = torch.relu(randn(2 if not CUDA else 300, 1, keys, seed=6))
+    keys, top_k = (50_000, 2048) if CUDA else (270, 12)
+    scores = torch.relu(randn(1 if not CUDA else 300, 1, keys, seed=6))
     first = selection.select_scored(scores, top_k, offset=keys - 1)
     for repeat in range(REPEATS - 1):
         again = selection.select_scored(scores, top_k, offset=keys - 1)
@@ -275,7 +418,7 @@ def exact_inputs(
 
 @pytest.mark.parametrize(
     ("dtype", "queries", "keys", "top_k", "dim"),
-    [(torch.float16, 1, 300, 8, 16), (torch.float16, 5, 150, 20, 32)]
+    [(torch.float16, 1, 300, 8, 16), (torch.float16, 5, 110, 20, 32)]
     + [
         (dtype, *shape)
         for dtype, shape in [
@@ -312,7 +455,7 @@ def test_segments(queries: int) -> None:
 @pytest.mark.parametrize("queries", [1, 5])
 def test_slots_behind_the_keys_are_never_read(queries: int) -> None:
     """A prefix of a buffer whose rest holds NaN; the whole buffer with positions on the device; hidden keys that hold NaN."""
-    keys, top_k = 75, 9
+    keys, top_k = 75 if queries == 1 else 60, 9
     q, w, k = exact_inputs(2, queries, keys, 4, 16, seed=2, dtype=torch.float16)
     buffer = torch.full((2, 130, 16), float("nan"), dtype=k.dtype, device=DEVICE)
     buffer[:, :keys] = k
@@ -345,13 +488,15 @@ def test_all_visible_keys_when_there_are_too_few(keys: int) -> None:
 
 
 def test_chunks_do_not_change_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, w, k = exact_inputs(1, 7, 90, 2, 16, seed=7, dtype=torch.float16)
-    whole = reference.select_keys(q, w, k, 10)
+    q, w, k = exact_inputs(1, 9, 90, 2, 16, seed=7, dtype=torch.float16)
+    whole = reference.select_keys(q, w, k, 20)
     monkeypatch.setattr(reference, "SELECTION_WORKSPACE_BYTES", 64 * 90 * 3)
-    assert_same(reference.select_keys(q, w, k, 10), whole, what="definition in chunks of 3")
-    # Room for five rows: a chunk of five queries and one of two, which another kernel scores.
-    monkeypatch.setattr(selection, "WORKSPACE_BYTES", 5 * (4 * 256 + 64 + 4 * (1024 if CUDA else 64)))
-    assert_same(selection.select_keys(q, w, k, 10), whole, what="chunks of 5")
+    assert_same(reference.select_keys(q, w, k, 20), whole, what="definition in chunks of 3")
+    # Room for five rows: a chunk of five queries and one of four, which another kernel scores.
+    capability, processors = indexer.device_capability(q.device), indexer.device_processors(q.device)
+    monkeypatch.setattr(selection, "WORKSPACE_BYTES", 5 * 4 * 256)
+    assert selection.queries_a_chunk(1, 9, 90, 20, capability, processors) == (1, 5)
+    assert_same(selection.select_keys(q, w, k, 20), whole, what="chunks of 5")
 
 
 def test_fp8_lists_equal_the_definition_where_sums_are_exact() -> None:
@@ -394,7 +539,7 @@ if CUDA:
         before = torch.cuda.memory_allocated()
         lists = selection.select_keys(q, w.bfloat16(), k, top_k)
         used = torch.cuda.max_memory_allocated() - before - lists.nbytes
-        assert used <= 256 * 2**20
+        assert used <= selection.WORKSPACE_BYTES
         for begin in range(0, queries, 100):
             end = begin + 100
             scores = indexer.index_scores(q[:, begin:end], w[:, begin:end].bfloat16(), k)

@@ -1,0 +1,159 @@
+"""Several questions about the same frames: prefilled once, each answered as `keye ask` would answer it alone."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from keyecli import __version__
+from keyecli.engine.loaded import LoadedModel
+from keyecli.engine.plan import InputPlan, plan_inputs
+from keyecli.engine.shared import SharedPrefix, question_tokens, shared_plan
+from keyecli.engine.stream import Timings
+from keyecli.errors import KeyeError, KeyeWarning, MemoryLimitError, UsageError
+from keyecli.tasks.ask import (
+    STAGES,
+    Answer,
+    AskSettings,
+    checked_question,
+    prompt_text,
+    refuse_reserved_words,
+    report_input,
+)
+from keyecli.video.decode import report_cut_off
+from keyecli.video.source import VideoInfo
+
+
+class SharedQuestions:
+    """Questions whose settings agree in sampling and `strict`; the frames are read when the first one is asked."""
+
+    def __init__(
+        self, loaded: LoadedModel, infos: Sequence[VideoInfo], questions: Sequence[tuple[str, AskSettings]]
+    ) -> None:
+        """`questions` are all that will be asked, so that there is room for each of them."""
+        self._loaded = loaded
+        self._infos = list(infos)
+        self._questions = list(questions)
+        self._plans: tuple[InputPlan, ...] = ()
+        self._prefix: SharedPrefix | None = None
+        self._said: list[str] = []  # what reading the frames warned of, which holds for every question
+
+    @property
+    def is_filled(self) -> bool:
+        """True when the frames have been read and are kept for the next question."""
+        return self._prefix is not None
+
+    def answer(self, question: str, settings: AskSettings) -> Answer:
+        """Answer one of the questions. Errors and warnings: see `keyecli.tasks.ask.ask`.
+
+        `timings` are this question's own: only the first one has those of reading the frames.
+        """
+        begin = time.perf_counter()
+        timings = Timings(seconds=dict.fromkeys(STAGES, 0.0), device=self._loaded.device)
+        question = checked_question(question)
+        refuse_reserved_words(question, self._loaded.tokenizer)
+        if settings.strict:
+            for info in self._infos:
+                report_cut_off(info, strict=True)
+        self._plans = self._plans or plan_inputs(self._infos, settings.sampling)
+        text = prompt_text(question, self._plans, settings, self._loaded.tokenizer)
+        prefix, shared = self._prefix, True
+        if prefix is None:
+            prefix, shared = self._prefill(text, settings, timings)
+        prefix.timings = timings
+        if shared:
+            self._prefix = prefix
+        for message in self._said:
+            warnings.warn(message, KeyeWarning, stacklevel=2)
+        return self._answer(prefix, question, text, settings, timings, begin)
+
+    def _answer(
+        self,
+        prefix: SharedPrefix,
+        question: str,
+        text: str,
+        settings: AskSettings,
+        timings: Timings,
+        begin: float,
+    ) -> Answer:
+        loaded = self._loaded
+        given = prefix.answer(text, settings.generation, think=settings.think)
+        allowed = min(
+            settings.generation.max_tokens, loaded.config.max_position_embeddings - given.prompt_tokens
+        )
+        if given.stop_reason == "length":
+            asked = settings.generation.max_tokens
+            way = (
+                "raise --max-tokens"
+                if allowed == asked
+                else "the context is full: sample less to leave more room"
+            )
+            message = f"the answer was cut off after {allowed} tokens; {way}"
+            warnings.warn(message, KeyeWarning, stacklevel=2)
+        return Answer(
+            text=given.text,
+            reasoning=given.reasoning,
+            question=question,
+            inputs=tuple(
+                report_input(plan, times_s, settings.sampling)
+                for plan, times_s in zip(self._plans, prefix.times_s, strict=True)
+            ),
+            prompt_tokens=given.prompt_tokens,
+            completion_tokens=len(given.token_ids),
+            stop_reason=given.stop_reason,
+            timings={**timings.seconds, "total_s": time.perf_counter() - begin},
+            settings={
+                **asdict(replace(settings.generation, max_tokens=allowed)),
+                "think": settings.think,
+                "strict": settings.strict,
+                "subtitles": None if settings.subtitles is None else str(settings.subtitles),
+            },
+            model=loaded.name,
+            weights_revision=loaded.revision,
+            keye_version=__version__,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            seed=settings.generation.seed,
+        )
+
+    def _prefill(self, text: str, settings: AskSettings, timings: Timings) -> tuple[SharedPrefix, bool]:
+        """The frames in the cache, and whether there is room behind them for every question or for this one only."""
+        own = question_tokens(self._loaded, self._plans, [text]), settings.generation.max_tokens
+        room, shared = own, False
+        if len(self._questions) > 1:
+            room, shared = self._room_for_all(own)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", KeyeWarning)
+            prefix = SharedPrefix.prefill(
+                self._loaded,
+                self._plans,
+                question_room_tokens=room[0],
+                answer_tokens=room[1],
+                think=settings.think,
+                strict=settings.strict,
+                exact_resize=settings.sampling.exact_resize,
+                timings=timings,
+            )
+        self._said = [str(item.message) for item in caught if issubclass(item.category, KeyeWarning)]
+        return prefix, shared
+
+    def _room_for_all(self, own: tuple[int, int]) -> tuple[tuple[int, int], bool]:
+        """(tokens of a question, tokens of an answer) that all questions fit in; this one's alone where that is too much."""
+        texts = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KeyeWarning)
+            for question, settings in self._questions:
+                try:
+                    texts.append(prompt_text(question, self._plans, settings, self._loaded.tokenizer))
+                except KeyeError:
+                    continue  # it is told when that question's turn comes
+        answer_tokens = max(settings.generation.max_tokens for _, settings in self._questions)
+        room = max(own[0], question_tokens(self._loaded, self._plans, texts)), answer_tokens
+        planned = shared_plan(self._loaded, self._plans, question_room_tokens=room[0], answer_tokens=room[1])
+        try:
+            planned.check()
+        except (UsageError, MemoryLimitError):
+            return own, False
+        return room, True

@@ -1,0 +1,73 @@
+"""A process of `keye batch --workers`: groups of jobs come on stdin, outcomes go to stdout, both a JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+
+def main() -> None:
+    """Load the model that the first line describes, then answer until stdin ends."""
+    # Anything that a library prints must not get between the answers.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin.buffer, lines), daemon=True).start()
+    given = json.loads(lines.get())
+    send = _Sender(out)
+
+    from keyecli import session
+    from keyecli.batch.advance import in_advance
+    from keyecli.batch.answering import answer_group, error_of, open_group
+    from keyecli.batch.identity import settings_of
+    from keyecli.batch.jobs import make_jobs
+    from keyecli.errors import KeyeError, KeyeWarning
+
+    def groups() -> Iterator[Any]:
+        while True:
+            described = json.loads(lines.get())
+            jobs = make_jobs((line["id"], line) for line in described)
+            yield open_group([(job, settings_of(job, keye.loaded, given["defaults"])) for job in jobs])
+
+    def fault(error: BaseException) -> None:
+        if given["debug"]:
+            traceback.print_exception(error, file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", KeyeWarning)
+            keye = session.load(**given["load"])
+        said = [str(item.message) for item in caught if issubclass(item.category, KeyeWarning)]
+        send({"ready": keye.is_nano, "warnings": said})
+        for group in in_advance(groups()):
+            for job, outcome in answer_group(keye, group, timeout_s=given["timeout_s"], on_fault=fault):
+                send({"id": job.id, "outcome": outcome.to_dict()})
+    except KeyeError as error:
+        send({"stopped": error_of(error)})
+
+
+class _Sender:
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        self._out.write(json.dumps(message).encode() + b"\n")
+        self._out.flush()
+
+
+def _read(source: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
+    for line in source:
+        lines.put(line)
+    # Whoever gave the work is gone: nobody waits for what is being done.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
