@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from keyecli.batch.frames import FramesAhead
 from keyecli.batch.identity import TaskSettings
 from keyecli.batch.jobs import Job
 from keyecli.batch.limits import time_limit
-from keyecli.batch.questions import SharedQuestions
-from keyecli.errors import ExitCode, KeyeError, KeyeWarning
+from keyecli.batch.questions import SharedQuestions, own_warnings
+from keyecli.engine.loaded import ModelFiles
+from keyecli.engine.plan import plan_inputs
+from keyecli.errors import ExitCode, KeyeError
 from keyecli.session import Keye
 from keyecli.tasks.ask import AskSettings
 from keyecli.tasks.search import GroundSettings
@@ -50,12 +53,26 @@ class OpenedGroup:
     error: KeyeError | None = None
 
 
-def open_group(jobs: Sequence[Assignment]) -> OpenedGroup:
-    """Look into the files of the jobs, which all name the same ones."""
+def open_group(
+    jobs: Sequence[Assignment], files: ModelFiles | None = None, frames: FramesAhead | None = None
+) -> OpenedGroup:
+    """Look into the files of the jobs, which all name the same ones; with `frames`, begin to decode for questions."""
     try:
-        return OpenedGroup(tuple(jobs), tuple(probe(path) for path in jobs[0][0].inputs))
+        group = OpenedGroup(tuple(jobs), tuple(probe(path) for path in jobs[0][0].inputs))
     except KeyeError as error:
         return OpenedGroup(tuple(jobs), error=error)
+    settings = jobs[0][1]
+    # Where a search or a summary looks is known only when the model is.
+    if files is not None and frames is not None and isinstance(settings, AskSettings):
+        with suppress(KeyeError):  # it is told when the job's turn comes
+            plans = plan_inputs(group.infos, settings.sampling)
+            frames.begin(files, plans, exact_resize=settings.sampling.exact_resize, strict=settings.strict)
+    return group
+
+
+def reading_ahead(keye: Keye, frames: FramesAhead) -> Keye:
+    """The same model, which takes frames that have been decoded already."""
+    return Keye(replace(keye.loaded, read_frames=frames.read))
 
 
 def answer_group(
@@ -76,8 +93,7 @@ def answer_group(
         started_at, begin = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()
         results: list[dict[str, Any]] = []
         error: BaseException | None = None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", KeyeWarning)
+        with own_warnings() as said:
             try:
                 with time_limit(timeout_s):
                     if group.error is not None:
@@ -94,7 +110,7 @@ def answer_group(
                 started_at,
                 time.perf_counter() - begin,
                 results,
-                [str(item.message) for item in caught if issubclass(item.category, KeyeWarning)],
+                said,
                 None if error is None else error_of(error),
                 reader if is_question else None,
             ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import Any
 
 from keyecli import __version__
 from keyecli.engine.loaded import LoadedModel
@@ -124,8 +127,7 @@ class SharedQuestions:
         room, shared = own, False
         if len(self._questions) > 1:
             room, shared = self._room_for_all(own)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", KeyeWarning)
+        with own_warnings() as said:
             prefix = SharedPrefix.prefill(
                 self._loaded,
                 self._plans,
@@ -136,7 +138,7 @@ class SharedQuestions:
                 exact_resize=settings.sampling.exact_resize,
                 timings=timings,
             )
-        self._said = [str(item.message) for item in caught if issubclass(item.category, KeyeWarning)]
+        self._said = said
         return prefix, shared
 
     def _room_for_all(self, own: tuple[int, int]) -> tuple[tuple[int, int], bool]:
@@ -157,3 +159,19 @@ class SharedQuestions:
         except (UsageError, MemoryLimitError):
             return own, False
         return room, True
+
+
+@contextmanager
+def own_warnings() -> Iterator[list[str]]:
+    """The KeyeWarnings of this thread inside the block; those of a thread that decodes ahead are said again in time."""
+    said: list[str] = []
+    thread = threading.get_ident()
+
+    def note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if threading.get_ident() == thread and issubclass(category, KeyeWarning):
+            said.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", KeyeWarning)
+        warnings.showwarning = note
+        yield said

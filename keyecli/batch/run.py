@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from keyecli.batch.advance import in_advance
-from keyecli.batch.answering import OpenedGroup, Outcome, answer_group, open_group
+from keyecli.batch.answering import OpenedGroup, Outcome, answer_group, open_group, reading_ahead
 from keyecli.batch.archive import Archive
+from keyecli.batch.frames import FramesAhead
 from keyecli.batch.identity import Fingerprints, Work, plain, prefix_of, settings_of, work_of
 from keyecli.batch.jobs import Job
 from keyecli.batch.ledger import Ledger
@@ -128,6 +129,7 @@ class Batch:
         # Key of what is being done → other jobs that ask for the same.
         self._begun: dict[str, list[Work]] = {}
         self._begun_jobs = 0
+        self._frames = FramesAhead()
         self._on_record: OnRecord | None = None
 
     def __enter__(self) -> Batch:
@@ -205,7 +207,8 @@ class Batch:
             new = [work for _, work in works if work.key not in asked and self._is_open(work)]
             asked.update(work.key for work in new)
             if self.settings.workers == 1 and new:
-                opened = open_group([(work.job, work.settings) for _, work in works])
+                assignments = [(work.job, work.settings) for _, work in works]
+                opened = open_group(assignments, self._files, self._frames)
             yield _Group(works, opened)
 
     def _pending(self, groups: Iterator[_Group]) -> Iterator[tuple[list[Work], OpenedGroup | None]]:
@@ -292,7 +295,7 @@ class Batch:
 
         keye: Keye | None = None
         for works, opened in pending:
-            keye = keye or load()
+            keye = keye or reading_ahead(load(), self._frames)
             wanted = [(work.job, work.settings) for work in works]
             # What another job asks for too was not opened again; now it is done after all, because that one failed.
             group = open_group(wanted) if opened is None else replace(opened, jobs=tuple(wanted))

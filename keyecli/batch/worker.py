@@ -25,16 +25,20 @@ def main() -> None:
 
     from keyecli import session
     from keyecli.batch.advance import in_advance
-    from keyecli.batch.answering import answer_group, error_of, open_group
+    from keyecli.batch.answering import answer_group, error_of, open_group, reading_ahead
+    from keyecli.batch.frames import FramesAhead
     from keyecli.batch.identity import settings_of
     from keyecli.batch.jobs import make_jobs
     from keyecli.errors import KeyeError, KeyeWarning
+
+    frames = FramesAhead()
 
     def groups() -> Iterator[Any]:
         while True:
             described = json.loads(lines.get())
             jobs = make_jobs((line["id"], line) for line in described)
-            yield open_group([(job, settings_of(job, keye.loaded, given["defaults"])) for job in jobs])
+            assignments = [(job, settings_of(job, keye.loaded, given["defaults"])) for job in jobs]
+            yield open_group(assignments, keye.loaded, frames)
 
     def fault(error: BaseException) -> None:
         if given["debug"]:
@@ -43,7 +47,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", KeyeWarning)
-            keye = session.load(**given["load"])
+            keye = reading_ahead(session.load(**given["load"]), frames)
         said = [str(item.message) for item in caught if issubclass(item.category, KeyeWarning)]
         send({"ready": keye.is_nano, "warnings": said})
         for group in in_advance(groups()):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -29,8 +29,13 @@ from keyecli.model.checkpoint import (
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 
+if TYPE_CHECKING:
+    from keyecli.video.decode import FrameChunk
+
 OnProgress = Callable[[str, float, float | None], None]
 """Told what is being done, how much of it is done, and of how much (None: unknown)."""
+
+FrameReader = Callable[..., Iterator["FrameChunk"]]
 
 NANO_NAME = "keye-nano"
 DTYPE_SPELLINGS = {
@@ -60,12 +65,17 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class LoadedModel(ModelFiles):
-    """The same with weights and tokenizer; `revision` names the weights, `dtype` is fp32, bf16 or fp16."""
+    """The same with weights and tokenizer; `revision` names the weights, `dtype` is fp32, bf16 or fp16.
+
+    read_frames: called in the place of `keyecli.video.decode.decode_frames`, with its arguments, by whoever has decoded
+    some of them before; None decodes when frames are wanted.
+    """
 
     revision: str
     model: KeyeVL2ForConditionalGeneration
     tokenizer: Any
     generation_config: GenerationConfig | None
+    read_frames: FrameReader | None = None
 
 
 def open_model(

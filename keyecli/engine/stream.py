@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keyecli.engine.loaded import LoadedModel, OnProgress, torch_dtype
+from keyecli.engine.loaded import LoadedModel, ModelFiles, OnProgress, torch_dtype
 from keyecli.engine.plan import ENCODE_GROUP_PATCHES, InputPlan, merge_area, prefill_chunk_tokens
 from keyecli.model.cache import KeyeCache
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
@@ -172,7 +172,7 @@ def prefill_stream(
     for number, item in enumerate(inputs):
         planned = list(item.sampling.times_s)
         expected, times = planned, list[Fraction]()
-        decoded = _decoded(item, _group_frames(loaded, item, settings), timings, exact_resize, strict)
+        decoded = _decoded(loaded, item, group_frames(loaded, item, settings), timings, exact_resize, strict)
         # Closed here and not when it is collected: an interruption must leave no decoder threads behind.
         with closing(decoded) as chunks:
             for chunk in chunks:
@@ -203,6 +203,12 @@ def cache_tokens(inputs: Sequence[InputPlan], prompt_tokens: int) -> int:
     return prompt_tokens + sum(item.sampling.frames for item in inputs)
 
 
+def group_frames(files: ModelFiles, item: InputPlan, settings: StreamSettings | None = None) -> int:
+    """How many frames of an input are decoded and encoded together."""
+    patches = item.sampling.tokens_per_frame * merge_area(files.config)
+    return max(1, (settings or StreamSettings()).group_patches // patches)
+
+
 def visual_of(item: InputPlan) -> Visual:
     """A planned input as the prompt layout sees it."""
     sampling = item.sampling
@@ -216,17 +222,18 @@ def _with_times(visual: Visual, times_s: Sequence[Fraction]) -> Visual:
     return replace(visual, times_s=tuple(float(time_s) for time_s in times_s))
 
 
-def _group_frames(loaded: LoadedModel, item: InputPlan, settings: StreamSettings) -> int:
-    patches = item.sampling.tokens_per_frame * merge_area(loaded.config)
-    return max(1, settings.group_patches // patches)
-
-
 def _decoded(
-    item: InputPlan, group_frames: int, timings: Timings, exact_resize: bool, strict: bool
+    loaded: LoadedModel,
+    item: InputPlan,
+    chunk_frames: int,
+    timings: Timings,
+    exact_resize: bool,
+    strict: bool,
 ) -> Generator[FrameChunk, None, None]:
     """Groups of frames as they are decoded."""
-    chunks = decode_frames(
-        item.info, item.sampling, exact_resize=exact_resize, strict=strict, chunk_frames=group_frames
+    read = loaded.read_frames or decode_frames
+    chunks = read(
+        item.info, item.sampling, exact_resize=exact_resize, strict=strict, chunk_frames=chunk_frames
     )
     with closing(cast(Generator[FrameChunk, None, None], chunks)):
         while True:

@@ -33,8 +33,8 @@ SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 1
 class CompileCase:
     """One kernel as it would be launched.
 
-    kernel: a `@triton.jit` or `@gluon.jit` function. signature: argument name → Triton type ("*bf16", "*i32", "i32", "i64", "fp32",
-    "constexpr"), every argument, in order. constants: the values of the constexpr arguments.
+    kernel: a `@triton.jit` or `@gluon.jit` function. signature: argument name → Triton type ("*bf16", "*i32", "i32", "i64",
+    "fp32", "constexpr"), every argument, in order. constants: the values of the constexpr arguments.
     """
 
     name: str

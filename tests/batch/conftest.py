@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from keyecli.batch import frames
 from keyecli.engine import stream
 from tests.video.conftest import write_clip
 
-DECODING: list[Any] = [stream]
+DECODING: list[Any] = [stream, frames]
 TIMES = ("started_at", "seconds", "shared_with")
 
 
