@@ -184,6 +184,7 @@ def generate(
     *,
     stop_ids: Collection[int],
     constraint: Constraint | None = None,
+    static: StaticDecoder | None = None,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
@@ -192,7 +193,8 @@ def generate(
     hidden: [1, 1, D], the last prompt token's state as `model.decode` gave it; `next_position`: the
     position, on all three axes, of the first generated token. `on_text` gets each piece of text, `on_token`
     the number of tokens so far. The cache needs room for `max_tokens - 1` more tokens: the last one is
-    never fed back.
+    never fed back. `static`: the decoder of this cache, from a caller who answers again and again; without
+    it one is made where that is possible.
     """
     banned = placeholder_ids(model.config)
     # Under a constraint the answer ends when it is complete, never by a stop token.
@@ -203,7 +205,10 @@ def generate(
     log_probabilities: list[float] = []
     stop_reason: StopReason = "length"
 
-    static = StaticDecoder(model, cache) if suits(model, cache) else None
+    if not suits(model, cache):
+        static = None
+    elif static is None:
+        static = StaticDecoder(model, cache)
     logits = model.logits(hidden[0, -1])
 
     def say(piece: str) -> None:

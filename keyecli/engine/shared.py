@@ -18,6 +18,7 @@ from keyecli.engine.generate import (
 )
 from keyecli.engine.loaded import LoadedModel, OnProgress, free_memory_bytes, memory_limits, torch_dtype
 from keyecli.engine.plan import InputPlan, RunPlan, plan_run
+from keyecli.engine.static import StaticDecoder, suits
 from keyecli.engine.stream import Timings, cache_tokens, prefill_stream, visual_of
 from keyecli.engine.thinking import AnswerSplitter, Pieces
 from keyecli.errors import UsageError
@@ -73,6 +74,7 @@ class SharedPrefix:
         self._cache = cache
         self._visuals = visuals
         self._think = think
+        self._static: StaticDecoder | None = None
 
     @classmethod
     def prefill(
@@ -179,6 +181,9 @@ class SharedPrefix:
                 positions = prompt.position_ids[:, self.length :].to(loaded.device)[:, None]
                 hidden = loaded.model.decode(loaded.model.embed(ids), positions, cache)[:, -1:]
             with self.timings.measure("generate_s"):
+                # Its graph is captured once for all questions.
+                if self._static is None and suits(loaded.model, cache):
+                    self._static = StaticDecoder(loaded.model, cache)
                 generation = generate(
                     loaded.model,
                     loaded.tokenizer,
@@ -188,6 +193,7 @@ class SharedPrefix:
                     settings,
                     stop_ids=stop_token_ids(loaded.config, loaded.tokenizer, loaded.generation_config),
                     constraint=constraint(settings.max_tokens, prompt.thinking_open) if constraint else None,
+                    static=self._static,
                     on_text=lambda piece: deliver(splitter.add(piece)),
                 )
                 deliver(splitter.finish())

@@ -160,6 +160,7 @@ def test_who_is_refused() -> None:
 def test_generated_tokens_are_the_same(tiny_tokenizer: Any) -> None:
     """Greedy decoding by the kernels and by the definitions."""
     model = fresh(num_hidden_layers=2 if CUDA else 1).to(DEVICE)
+    settings = GenerationSettings(max_tokens=4)
     answers = []
     for backend in ("reference", "triton"):
         model.set_kernel_backend(backend)
@@ -167,7 +168,12 @@ def test_generated_tokens_are_the_same(tiny_tokenizer: Any) -> None:
         positions = torch.arange(12, device=DEVICE).expand(3, 1, 12)
         with torch.inference_mode():
             hidden = model.decode(model.embed(text(1, 12).to(DEVICE)), positions, cache)[:, -1:]
-        settings = GenerationSettings(max_tokens=4)
         answers.append(generate(model, tiny_tokenizer, cache, hidden, 12, settings, stop_ids=()).token_ids)
-    assert answers[0] == answers[1]
+    # Again from the same place, with a decoder that has answered before.
+    static = StaticDecoder(model, cache)
+    for _ in range(2):
+        cache.truncate(12)
+        again = generate(model, tiny_tokenizer, cache, hidden, 12, settings, stop_ids=(), static=static)
+        answers.append(again.token_ids)
+    assert answers == [answers[0]] * 4
     assert len(answers[0]) == 4
