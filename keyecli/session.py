@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
 from keyecli.engine.loaded import (
     LoadedModel,
@@ -33,6 +33,8 @@ from keyecli.tasks.summarize import (
     summary_settings,
 )
 from keyecli.video.decode import report_cut_off
+
+Settings = TypeVar("Settings", AskSettings, GroundSettings, SummarySettings)
 
 
 class Keye:
@@ -103,7 +105,7 @@ class Keye:
             self.loaded,
             inputs,
             question,
-            _settings(self.preprocessor, settings, options),
+            _one_of(ask_settings, self.preprocessor, settings, options),
             on_text=on_text,
             on_reasoning=on_reasoning,
             on_progress=on_progress,
@@ -146,7 +148,7 @@ class Keye:
         Several queries share one prefill and give a list. `options` are those of `GroundOptions`; or give `settings`
         whole. Errors: see `keyecli.tasks.ground.ground`.
         """
-        chosen = _ground_settings(self.preprocessor, settings, options)
+        chosen = _one_of(ground_settings, self.preprocessor, settings, options)
         queries = [query] if isinstance(query, str) else list(query)
         found = ground(self.loaded, item, queries, chosen, on_reasoning=on_reasoning, on_progress=on_progress)
         return found[0] if isinstance(query, str) else found
@@ -165,7 +167,7 @@ class Keye:
         `options` are those of `SummaryOptions`; or give `settings` whole. Errors: see
         `keyecli.tasks.summarize.summarize`.
         """
-        chosen = _summary_settings(self.preprocessor, settings, options)
+        chosen = _one_of(summary_settings, self.preprocessor, settings, options)
         return summarize(self.loaded, item, chosen, on_reasoning=on_reasoning, on_progress=on_progress)
 
     def plan(
@@ -177,7 +179,7 @@ class Keye:
         **options: Unpack[AskOptions],
     ) -> RunPlan:
         """What `ask` with the same arguments will take: frames, tokens, memory. Nothing is decoded."""
-        chosen = _settings(self.preprocessor, settings, options)
+        chosen = _one_of(ask_settings, self.preprocessor, settings, options)
         return _plan(self.loaded, inputs, question, chosen, weights_loaded=True)
 
 
@@ -223,7 +225,7 @@ def plan(
     """
     _require_offline(offline)
     files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
-    chosen = _settings(files.preprocessor, settings, options)
+    chosen = _one_of(ask_settings, files.preprocessor, settings, options)
     return _plan(files, inputs, question, chosen, weights_loaded=False)
 
 
@@ -247,7 +249,9 @@ def plan_ground(
     """
     _require_offline(offline)
     files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
-    planned = plan_search(files, item, queries, _ground_settings(files.preprocessor, settings, options))
+    planned = plan_search(
+        files, item, queries, _one_of(ground_settings, files.preprocessor, settings, options)
+    )
     report_cut_off(planned.info)
     return planned
 
@@ -270,7 +274,7 @@ def plan_summary(
     """
     _require_offline(offline)
     files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
-    chosen = _summary_settings(files.preprocessor, settings, options)
+    chosen = _one_of(summary_settings, files.preprocessor, settings, options)
     parts = plan_parts(files, item, chosen.ask, summary_question(files, chosen))
     report_cut_off(parts[0].input.info)
     return parts
@@ -296,32 +300,15 @@ def _plan(
     )
 
 
-def _settings(preprocessor: Preprocessor, settings: AskSettings | None, options: AskOptions) -> AskSettings:
-    if settings is None:
-        return ask_settings(preprocessor, **options)
+def _one_of(
+    make: Callable[..., Settings], preprocessor: Preprocessor, given: Settings | None, options: Any
+) -> Settings:
+    """A task's settings as they were given, or made of single options; UsageError for both."""
+    if given is None:
+        return make(preprocessor, **options)
     if options:
         raise UsageError("give either settings or single options, not both")
-    return settings
-
-
-def _ground_settings(
-    preprocessor: Preprocessor, settings: GroundSettings | None, options: GroundOptions
-) -> GroundSettings:
-    if settings is None:
-        return ground_settings(preprocessor, **options)
-    if options:
-        raise UsageError("give either settings or single options, not both")
-    return settings
-
-
-def _summary_settings(
-    preprocessor: Preprocessor, settings: SummarySettings | None, options: SummaryOptions
-) -> SummarySettings:
-    if settings is None:
-        return summary_settings(preprocessor, **options)
-    if options:
-        raise UsageError("give either settings or single options, not both")
-    return settings
+    return given
 
 
 def _require_offline(offline: bool) -> None:

@@ -7,10 +7,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from typing import Any
 
-from keyecli import __version__
 from keyecli.engine.loaded import LoadedModel
 from keyecli.engine.plan import InputPlan, plan_inputs
 from keyecli.engine.shared import SharedPrefix, question_tokens, shared_plan
@@ -20,10 +18,10 @@ from keyecli.tasks.ask import (
     STAGES,
     Answer,
     AskSettings,
+    answer_of,
     checked_question,
     prompt_text,
     refuse_reserved_words,
-    report_input,
 )
 from keyecli.video.decode import report_cut_off
 from keyecli.video.source import VideoInfo
@@ -86,39 +84,19 @@ class SharedQuestions:
         allowed = min(
             settings.generation.max_tokens, loaded.config.max_position_embeddings - given.prompt_tokens
         )
-        if given.stop_reason == "length":
-            asked = settings.generation.max_tokens
-            way = (
-                "raise --max-tokens"
-                if allowed == asked
-                else "the context is full: sample less to leave more room"
-            )
-            message = f"the answer was cut off after {allowed} tokens; {way}"
-            warnings.warn(message, KeyeWarning, stacklevel=2)
-        return Answer(
+        return answer_of(
+            loaded,
+            question,
+            settings,
+            self._plans,
+            prefix.times_s,
             text=given.text,
             reasoning=given.reasoning,
-            question=question,
-            inputs=tuple(
-                report_input(plan, times_s, settings.sampling)
-                for plan, times_s in zip(self._plans, prefix.times_s, strict=True)
-            ),
             prompt_tokens=given.prompt_tokens,
             completion_tokens=len(given.token_ids),
             stop_reason=given.stop_reason,
+            max_tokens=allowed,
             timings={**timings.seconds, "total_s": time.perf_counter() - begin},
-            settings={
-                **asdict(replace(settings.generation, max_tokens=allowed)),
-                "think": settings.think,
-                "strict": settings.strict,
-                "subtitles": None if settings.subtitles is None else str(settings.subtitles),
-            },
-            model=loaded.name,
-            weights_revision=loaded.revision,
-            keye_version=__version__,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            seed=settings.generation.seed,
         )
 
     def _prefill(self, text: str, settings: AskSettings, timings: Timings) -> tuple[SharedPrefix, bool]:

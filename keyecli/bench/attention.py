@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from keyecli.bench.measure import Measurement, relative_error, time_device
+from keyecli.bench.measure import Measurement, captured, require_equal, time_device
 from keyecli.kernels import attention, decode, reference, selection, unions
+from keyecli.kernels.device import device_capability
 
 HEADS, GROUPS, DIM, TOP_K = 32, 4, 128, 2048
 INDEX_HEADS, INDEX_DIM = 16, 64
@@ -28,7 +29,6 @@ TIME_BUDGET_S = 0.05
 # A whole layer of dense attention is repeated for so long, but at least twice.
 LAYER_BUDGET_S = 0.5
 LONGEST_GRADIENT = 32_768
-TOLERANCE = 1e-2
 
 
 def measure(lengths: Sequence[int]) -> Iterator[Measurement]:
@@ -73,13 +73,6 @@ def least_work(indices: Tensor) -> tuple[float, float]:
     flops = 4 * selected * HEADS * DIM
     moved = 2 * 2 * distinct * GROUPS * DIM + 2 * 2 * queries * HEADS * DIM + 4 * queries * HEADS
     return flops, float(moved + indices.numel() * indices.element_size())
-
-
-def check(name: str, actual: Tensor, expected: Tensor) -> None:
-    """Raise unless a benchmark's result is right: its time would mean nothing."""
-    error = relative_error(actual, expected)
-    if not error <= TOLERANCE:
-        raise RuntimeError(f"{name}: relative error {error:.3g} against the definition")
 
 
 def dense_attention(
@@ -209,10 +202,10 @@ def check_prefill(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
     methods: tuple[attention.Method, ...] = ("gather", "union", "dense")
     for method in methods:
         out, lse = attention.sparse_attention(q, k, v, indices, method)
-        check(f"{method} output", out[:, sample], exact[0])
-        check(f"{method} log-sum-exp", lse[:, sample], exact[1])
+        require_equal(out[:, sample], exact[0], f"{method} output")
+        require_equal(lse[:, sample], exact[1], f"{method} log-sum-exp")
     expected = reference.selected_probabilities(q[:, sample].float(), k, indices[:, sample], exact[1])
-    check("probabilities", attention.selected_probabilities(q, k, indices, lse)[:, sample], expected)
+    require_equal(attention.selected_probabilities(q, k, indices, lse)[:, sample], expected, "probabilities")
 
 
 def measure_slice(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[Measurement]:
@@ -253,7 +246,7 @@ def measure_slice(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Iterator[
 
 def queries_of_group(q: Tensor, k: Tensor) -> int:
     """Queries of a group in the union method's forward pass."""
-    cut = attention.tiles(attention.capability_of(q.device), q.element_size())
+    cut = attention.tiles(device_capability(q.device), q.element_size())
     return cut.attend.queries_of(q.shape[2] // k.shape[2])
 
 
@@ -278,19 +271,6 @@ def measure_gradient(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Measur
     )  # fmt: skip
 
 
-def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`run` captured after a first call: launches from Python would cost more than what they launch."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def measure_decode(length: int) -> Iterator[Measurement]:
     """One token of one sequence, the mean over a graph of several layers."""
     caches = [
@@ -305,7 +285,7 @@ def measure_decode(length: int) -> Iterator[Measurement]:
     out, workspace = torch.empty_like(q), decode.decode_workspace(q, caches[0][0], lists[0])
     for (k, v), chosen in zip(caches[:2], lists, strict=False):
         expected, _ = reference.attend_indices(q.float(), k, v, chosen)
-        check("decode", decode.decode_attention(q, k, v, chosen, out, workspace), expected)
+        require_equal(decode.decode_attention(q, k, v, chosen, out, workspace), expected, "decode")
 
     def sparse() -> None:
         for (k, v), chosen in zip(caches, lists, strict=True):
@@ -317,8 +297,8 @@ def measure_decode(length: int) -> Iterator[Measurement]:
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
             )
 
-    seconds, spread = time_device(graph_of(sparse).replay, TIME_BUDGET_S)
-    dense_s, _ = time_device(graph_of(dense).replay, TIME_BUDGET_S)
+    seconds, spread = time_device(captured(sparse), TIME_BUDGET_S)
+    dense_s, _ = time_device(captured(dense), TIME_BUDGET_S)
     flops, moved = least_work(lists[0])
     yield Measurement(
         "sparse decode attention", f"1 token at {length}, mean of {DECODE_LAYERS} layers",
@@ -337,8 +317,8 @@ def measure_decode(length: int) -> Iterator[Measurement]:
     step()
     chosen = selection.select_keys(index_q, gates, index_keys[-1], TOP_K)
     expected, _ = reference.attend_indices(q.float(), *caches[-1], chosen)
-    check("decode after selection", out, expected)
-    seconds, spread = time_device(graph_of(step).replay, TIME_BUDGET_S)
+    require_equal(out, expected, "decode after selection")
+    seconds, spread = time_device(captured(step), TIME_BUDGET_S)
     yield Measurement(
         "scores, selection and decode attention", f"1 token at {length}, mean of {DECODE_LAYERS} layers",
         seconds / DECODE_LAYERS, spread / DECODE_LAYERS, flops, moved + 2.0 * length * INDEX_DIM, "dense decode",

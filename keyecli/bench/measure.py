@@ -76,3 +76,24 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64; NaN when anything is NaN."""
     a, e = actual.double(), expected.double()
     return float((a - e).norm() / e.norm())
+
+
+def require_equal(actual: Tensor, expected: Tensor, what: str, limit: float = 1e-2) -> None:
+    """RuntimeError unless a result is its definition's to `limit`; NaN never is. Its time would mean nothing otherwise."""
+    error = relative_error(actual, expected)
+    if not error <= limit:
+        raise RuntimeError(f"{what}: relative error {error:.2e} against the definition, allowed {limit}")
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """A function as a CUDA graph, after a run that compiles what it needs: launches from Python would cost more than what
+    they launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

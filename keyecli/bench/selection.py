@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from keyecli.bench.measure import Measurement, relative_error, time_device
+from keyecli.bench.measure import Measurement, captured, relative_error, time_device
 from keyecli.kernels import indexer, reference, selection
+from keyecli.kernels.device import device_capability
 
 QUERIES = 1024
 HEADS, DIM, TOP_K = 16, 64, 2048
@@ -48,7 +49,7 @@ def measure_length(keys: int, queries: int) -> Iterator[Measurement]:
         "torch, a head at a time (64 queries, scaled)", baseline * queries / 64,
     )  # fmt: skip
 
-    if indexer.device_capability(q.device) >= 89:
+    if device_capability(q.device) >= 89:
         (q8, q_scale), (k8, k_scale) = indexer.quantise_index(q), indexer.quantise_index(k)
         check_scores(q8, w, k8, q_scale, k_scale)
         seconds, spread = time_device(
@@ -101,19 +102,6 @@ def torch_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
     for head in range(q.shape[2]):
         scores = scores + torch.relu(q[:, :, head] @ keys) * w[:, :, head, None].float()
     return scores * DIM**-0.5
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A function as a CUDA graph, after a run that compiles what it needs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def workspace_mib(q: Tensor, w: Tensor, k: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from keyecli.engine.static import StaticDecoder, suits
+from keyecli.engine.static import StaticDecoder, decoder_for
 from keyecli.errors import UsageError
 from keyecli.model.cache import KeyeCache
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
@@ -205,10 +205,7 @@ def generate(
     log_probabilities: list[float] = []
     stop_reason: StopReason = "length"
 
-    if not suits(model, cache):
-        static = None
-    elif static is None:
-        static = StaticDecoder(model, cache)
+    static = decoder_for(model, cache, static)
     logits = model.logits(hidden[0, -1])
 
     def say(piece: str) -> None:

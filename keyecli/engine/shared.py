@@ -18,7 +18,7 @@ from keyecli.engine.generate import (
 )
 from keyecli.engine.loaded import LoadedModel, OnProgress, free_memory_bytes, memory_limits, torch_dtype
 from keyecli.engine.plan import InputPlan, RunPlan, plan_run
-from keyecli.engine.static import StaticDecoder, suits
+from keyecli.engine.static import StaticDecoder, decoder_for
 from keyecli.engine.stream import Timings, cache_tokens, prefill_stream, visual_of
 from keyecli.engine.thinking import AnswerSplitter, Pieces
 from keyecli.errors import UsageError
@@ -182,8 +182,7 @@ class SharedPrefix:
                 hidden = loaded.model.decode(loaded.model.embed(ids), positions, cache)[:, -1:]
             with self.timings.measure("generate_s"):
                 # Its graph is captured once for all questions.
-                if self._static is None and suits(loaded.model, cache):
-                    self._static = StaticDecoder(loaded.model, cache)
+                self._static = decoder_for(loaded.model, cache, self._static) or self._static
                 generation = generate(
                     loaded.model,
                     loaded.tokenizer,

@@ -106,6 +106,15 @@ class StaticDecoder:
         return layer.mlp(normed[:, None]).squeeze(1)
 
 
+def decoder_for(
+    model: KeyeVL2ForConditionalGeneration, cache: KeyeCache, made: StaticDecoder | None = None
+) -> StaticDecoder | None:
+    """The decoder `made` for this cache before, else a new one; None where `suits` refuses."""
+    if not suits(model, cache):
+        return None
+    return made or StaticDecoder(model, cache)
+
+
 def suits(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache) -> bool:
     """Whether a `StaticDecoder` can be made: the kernels compute, keys are selected, nobody watches, a few sequences at most."""
     layers = [layer.self_attn for layer in model.model.layers]

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from keyecli.kernels import unions
 from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import device_capability, precision_of
 from keyecli.kernels.unions import GROUP, chunks
 
 Method = Literal["gather", "union", "dense"]
@@ -106,14 +107,6 @@ def tiles(capability: int, element_bytes: int) -> Tiles:
     )
 
 
-def capability_of(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0; 0 when kernels run under Triton's interpreter."""
-    if triton.knobs.runtime.interpret:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def choose_method(batch: int, queries: int, keys: int, length: int) -> Method:
     """By shapes only, so that the same call always takes the same way: "gather" for few queries, else "dense" up to
     `DENSE_CROSSOVER` keys for each selected one, else "union". `length` is K."""
@@ -160,11 +153,6 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def precision_of(x: Tensor) -> str:
-    """How `tl.dot` multiplies: fp32 exactly, never in the matrix units' shorter form."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 class SparseAttention(torch.autograd.Function):
     """`sparse_attention` with its gradients; whatever the method, the backward pass works on groups of queries."""
 
@@ -201,11 +189,11 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tenso
     """Fill `out` and `lse` by the gather method."""
     batch, queries, heads, dim = q.shape
     groups = k.shape[2]
-    tile = tiles(capability_of(q.device), q.element_size()).gather
+    tile = tiles(device_capability(q.device), q.element_size()).gather
     _gather_kernel[(batch * queries * groups,)](
         q, k, v, indices, out, lse, queries, indices.shape[-1], groups,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim**-0.5 * LOG2_E.value,
-        RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q),
+        RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -216,7 +204,7 @@ def attend_grouped(
     """Fill `out` and `lse` by the dense or the union method."""
     heads, dim = q.shape[2:]
     keys, groups = k.shape[1:3]
-    ratio, capability = heads // groups, capability_of(q.device)
+    ratio, capability = heads // groups, device_capability(q.device)
     cut, scale = tiles(capability, q.element_size()), dim**-0.5 * LOG2_E.value
     tile = cut.attend
     heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
@@ -227,7 +215,7 @@ def attend_grouped(
             q.shape[1], heads, entries.keys.stride(0), entries.words.stride(0), *q.stride()[:3],
             k.stride(0), k.stride(2), v.stride(0), v.stride(2), scale,
             K_KEY=k.stride(1), V_KEY=v.stride(1), RATIO=ratio, HEADS=heads_of_tile, QUERIES=queries_of_group,
-            DIM=dim, KEYS=tile.keys, DENSE=dense, PRECISION=precision_of(q), ASSEMBLY=capability > 0,
+            DIM=dim, KEYS=tile.keys, DENSE=dense, PRECISION=precision_of(q.dtype), ASSEMBLY=capability > 0,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
 
@@ -247,7 +235,7 @@ def attention_gradients(
     order of the queries, so they are repeatable."""
     queries, heads, dim = q.shape[1:]
     keys, groups = k.shape[1:3]
-    ratio, capability = heads // groups, capability_of(q.device)
+    ratio, capability = heads // groups, device_capability(q.device)
     cut = tiles(capability, q.element_size())
     out_gradient = out_gradient.contiguous()
     delta = torch.empty_like(lse)
@@ -262,7 +250,7 @@ def attention_gradients(
     strides = (*q.stride()[:3], k.stride(0), k.stride(2), v.stride(0), v.stride(2))
     scales = (dim**-0.5 * LOG2_E.value, dim**-0.5)
     shape = {
-        "K_KEY": k.stride(1), "V_KEY": v.stride(1), "RATIO": ratio, "DIM": dim, "PRECISION": precision_of(q),
+        "K_KEY": k.stride(1), "V_KEY": v.stride(1), "RATIO": ratio, "DIM": dim, "PRECISION": precision_of(q.dtype),
         "ASSEMBLY": capability > 0,
     }  # fmt: skip
 
@@ -301,11 +289,11 @@ def selected_probabilities(q: Tensor, k: Tensor, indices: Tensor, lse: Tensor) -
     q, k, indices, lse = rows_of(q), rows_of(k), indices.to(torch.int32).contiguous(), lse.contiguous()
     batch, queries, heads, dim = q.shape
     groups, length = k.shape[2], indices.shape[-1]
-    tile = tiles(capability_of(q.device), q.element_size()).probabilities
+    tile = tiles(device_capability(q.device), q.element_size()).probabilities
     probabilities = torch.empty(indices.shape, dtype=torch.float32, device=q.device)
     _probabilities_kernel[(batch * queries, triton.cdiv(length, tile.keys))](
         q, k, indices, lse, probabilities, queries, length, groups, *q.stride()[:3], *k.stride()[:3],
-        dim**-0.5 * LOG2_E.value, RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q),
+        dim**-0.5 * LOG2_E.value, RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return probabilities

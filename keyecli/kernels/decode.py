@@ -20,12 +20,11 @@ from keyecli.kernels.attention import (
     LOG2_E,
     Tile,
     attend_list,
-    capability_of,
     check,
-    precision_of,
     rows_of,
 )
 from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import device_capability, precision_of
 from keyecli.kernels.unions import GROUP
 
 # About two programs for each processor of the largest chips (132): enough rows on their way to keep the memory busy.
@@ -51,7 +50,7 @@ def parts_of(batch: int, tokens: int, groups: int, length: int, tile_keys: int) 
 def decode_workspace(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
     """The fp32 memory that `decode_attention` needs for arguments of these shapes, for callers that keep it."""
     batch, tokens, heads, dim = q.shape
-    tile = tile_of(capability_of(q.device), q.element_size())
+    tile = tile_of(device_capability(q.device), q.element_size())
     parts, _ = parts_of(batch, tokens, k.shape[2], indices.shape[-1], tile.keys)
     return torch.empty(batch * tokens * heads * parts * (dim + 2), dtype=torch.float32, device=q.device)
 
@@ -79,7 +78,7 @@ def decode_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if workspace is None:
         workspace = decode_workspace(q, k, indices)
-    tile = tile_of(capability_of(q.device), q.element_size())
+    tile = tile_of(device_capability(q.device), q.element_size())
     parts, entries = parts_of(batch, tokens, groups, length, tile.keys)
     rows = batch * tokens * heads
     if not out.is_contiguous() or out.shape != q.shape or workspace.numel() < rows * parts * (dim + 2):
@@ -87,7 +86,7 @@ def decode_attention(
     _part_kernel[(batch * tokens * groups * parts,)](
         q, k, v, indices, workspace, tokens, length, groups, parts, entries, rows,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim**-0.5 * LOG2_E.value,
-        RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q),
+        RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine_kernel[(rows,)](

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import device_capability, precision_of
 
 # Up to here most chosen experts are chosen once (8 tokens make 64 choices among 128), so hardly a weight is read twice.
 DECODE_TOKENS = 8
@@ -118,19 +119,6 @@ def plan_for(capability: int, itemsize: int, crowded: bool = True) -> Plan:
         decode_gate_up=decode_gate_up,
         decode_down=decode_down,
     )
-
-
-def capability_of(x: Tensor) -> int:
-    """Major · 10 + minor of the tensor's device; 0 on the CPU, where only the interpreter runs."""
-    if not x.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return major * 10 + minor
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """fp32 is multiplied as fp32; for 16-bit types the setting means nothing."""
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 # Sorting by expert: count, scan, place. It is stable, so the rows of an expert are in token order and its sums repeat.
@@ -800,7 +788,7 @@ def described(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 
 def plan_of(x: Tensor, rows: int, num_experts: int) -> Plan:
-    return plan_for(capability_of(x), x.element_size(), rows >= CROWDED_ROWS * num_experts)
+    return plan_for(device_capability(x.device), x.element_size(), rows >= CROWDED_ROWS * num_experts)
 
 
 def activate_rows(x: Tensor, gate_up: Tensor, rows: SortedRows, top_k: int, plan: Plan) -> Tensor:

@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from keyecli.kernels.compile import SHARED_LIMIT_BYTES, CompileCase
+from keyecli.kernels.device import device_processors
 from keyecli.kernels.indexer import (
     HIDDEN_BITS,
-    device_processors,
     first_position,
     keys_a_run,
     visible_pairs,

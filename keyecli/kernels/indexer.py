@@ -9,7 +9,6 @@ matrix units passes on the ordinary ones unless the two overlap.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import device_capability, device_processors
 
 # Scores are stored in whole tiles, so a row of the output is padded to a multiple of this, and so of every tile of keys.
 ROW_PADDING = 256
@@ -53,31 +53,6 @@ def score_tiles(capability: int, element_bytes: int, heads: int, dim: int) -> Sc
     if capability == 90:
         return ScoreTiles(64, 128, 4, 3, resident=False, blocks_per_processor=2)
     return ScoreTiles(64, 128, 8, 3, resident=False, blocks_per_processor=2)
-
-
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def device_capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0; 0 on the CPU, where the interpreter runs the kernels."""
-    if device.type != "cuda":
-        return 0
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def device_processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 on the CPU."""
-    if device.type != "cuda":
-        return 1
-    return _processors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @triton.jit

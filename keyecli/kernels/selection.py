@@ -22,10 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import device_capability, device_processors
 from keyecli.kernels.indexer import (
     HIDDEN_BITS,
-    device_capability,
-    device_processors,
     first_position,
     padded_length,
     score_into,

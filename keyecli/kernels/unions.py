@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.indexer import device_processors
+from keyecli.kernels.device import device_processors
 
 # Half for the rows of bits, half for what a chunk makes of them.
 WORKSPACE_BYTES = 256 * 2**20

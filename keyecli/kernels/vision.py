@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import device_capability, precision_of
 
 LOG2_E = math.log2(math.e)
 MAX_HEAD_DIM = 128
@@ -57,14 +58,6 @@ def plan_for(capability: int, itemsize: int) -> Plan:
     if capability == 90:
         return Plan(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
     return Plan(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
-
-
-def capability_of(x: Tensor) -> int:
-    """Major · 10 + minor of the tensor's device; 0 on the CPU, where only the interpreter runs."""
-    if not x.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return major * 10 + minor
 
 
 def head_blocks(dim: int) -> tuple[int, int]:
@@ -334,11 +327,6 @@ def _rotary_kernel(
 # fmt: on
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """fp32 is multiplied as fp32; for 16-bit types the setting means nothing."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def packed(x: Tensor) -> Tensor:
     """x [N, P, heads, d] with its heads side by side, as a projection leaves them; a copy only when they are not.
 
@@ -413,7 +401,7 @@ class _FrameAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         frames, patches, heads, dim = q.shape
-        tile = plan_for(capability_of(q), q.element_size()).forward
+        tile = plan_for(device_capability(q.device), q.element_size()).forward
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         differentiable = any(ctx.needs_input_grad)
         lse = out
@@ -443,7 +431,7 @@ class _FrameAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         frames, patches, heads, dim = q.shape
-        plan = plan_for(capability_of(q), q.element_size())
+        plan = plan_for(device_capability(q.device), q.element_size())
         gradient = gradient.contiguous()
         delta = torch.empty_like(lse)
         results = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

@@ -142,19 +142,8 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """x: [B, T, D], normalised → output [B, T, D] and, with `teach_indexer`, the divergence fp32 [B, T]."""
-        if context.lengths is not None and context.cache is not None and self.can_join():
-            return self._placed(x, context), None
-        q, k, v = self.project(x, *context.rope)
-        index: IndexerOutput | None = None
-        # In a dense pass nobody reads the indexer, unless a cache keeps its keys for later or it is being taught.
-        wanted = context.mode == "sparse" or context.cache is not None or context.teach_indexer
-        if self.sa_indexer is not None and context.index_rope is not None and wanted:
-            # Detached: the next-token loss never reaches the indexer, its own loss never reaches the rest.
-            index = self.sa_indexer(x.detach(), *context.index_rope)
-        if context.cache is not None:
-            k, v, index_k = context.cache.append(self.layer, k, v, None if index is None else index[2])
-            if index is not None and index_k is not None:
-                index = (index[0], index[1], index_k)
+        prepare = self._placed if context.lengths is not None and self.can_join() else self._appended
+        q, k, v, index = prepare(x, context)
 
         # While everything visible fits into the selection, sparse and dense are the same function.
         selects = context.mode == "sparse" and k.shape[1] > self.top_k
@@ -169,21 +158,35 @@ class SparseAttention(nn.Module):
             attended, divergence = self._dense(q, k, v, context), None
         return self.o_proj(attended.flatten(2)), divergence
 
-    def _placed(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def _appended(
+        self, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor, Tensor, IndexerOutput | None]:
+        """What x attends with, q, k, v and the indexer's output over all tokens so far, by the modules one after the other."""
+        q, k, v = self.project(x, *context.rope)
+        index: IndexerOutput | None = None
+        # In a dense pass nobody reads the indexer, unless a cache keeps its keys for later or it is being taught.
+        wanted = context.mode == "sparse" or context.cache is not None or context.teach_indexer
+        if self.sa_indexer is not None and context.index_rope is not None and wanted:
+            # Detached: the next-token loss never reaches the indexer, its own loss never reaches the rest.
+            index = self.sa_indexer(x.detach(), *context.index_rope)
+        if context.cache is not None:
+            k, v, index_k = context.cache.append(self.layer, k, v, None if index is None else index[2])
+            if index is not None and index_k is not None:
+                index = (index[0], index[1], index_k)
+        return q, k, v, index
+
+    def _placed(
+        self, x: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor, Tensor, IndexerOutput | None]:
         """The same by the kernels, with a cache and without gradients."""
         assert context.cache is not None
         assert context.index_rope is not None
         assert context.lengths is not None
-        tables = (*context.rope, *context.index_rope)
         k, v, index_k = context.cache.room(self.layer, x.shape[1])
-        q, index_q, gates = self.place(x, tables, context.lengths, context.cache)
         assert index_k is not None
-        index = (index_q, gates, index_k)
-        selects = context.mode == "sparse" and k.shape[1] > self.top_k
-        if self.observer is not None:
-            self.observer(self.layer, q, k, v, index if selects else None)
-        attended = self._listed(q, k, v, index, context)[0] if selects else self._dense(q, k, v, context)
-        return self.o_proj(attended.flatten(2))
+        tables = (*context.rope, *context.index_rope)
+        q, index_q, gates = self.place(x, tables, context.lengths, context.cache)
+        return q, k, v, (index_q, gates, index_k)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, T, D]; cos, sin: [B, T, d] → q [B, T, H, d], k and v [B, T, G, d], normalised and rotated."""

@@ -193,22 +193,56 @@ def ask(
             )
             _deliver(splitter.finish(), on_text, on_reasoning)
 
-    if generation.stop_reason == "length":
-        _warn_cut_off(planned.max_tokens, settings.generation.max_tokens)
-    return Answer(
+    return answer_of(
+        loaded,
+        question,
+        settings,
+        plans,
+        prefilled.times_s,
         text=splitter.text,
         reasoning=splitter.reasoning,
-        question=question,
-        inputs=tuple(
-            report_input(plan, times_s, settings.sampling)
-            for plan, times_s in zip(plans, prefilled.times_s, strict=True)
-        ),
         prompt_tokens=len(prefilled.prompt.input_ids),
         completion_tokens=len(generation.token_ids),
         stop_reason=generation.stop_reason,
+        max_tokens=planned.max_tokens,
         timings={**timings.seconds, "total_s": time.perf_counter() - begin},
+    )
+
+
+def answer_of(
+    loaded: LoadedModel,
+    question: str,
+    settings: AskSettings,
+    plans: Sequence[InputPlan],
+    times_s: Sequence[tuple[Fraction, ...]],
+    *,
+    text: str,
+    reasoning: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    stop_reason: StopReason,
+    max_tokens: int,
+    timings: dict[str, float],
+) -> Answer:
+    """What was generated, as an Answer; `times_s` are the frames that came for each input, `max_tokens` what there was room for.
+
+    Warns (KeyeWarning) about an answer that was cut off.
+    """
+    if stop_reason == "length":
+        _warn_cut_off(max_tokens, settings.generation.max_tokens)
+    return Answer(
+        text=text,
+        reasoning=reasoning,
+        question=question,
+        inputs=tuple(
+            report_input(plan, times, settings.sampling) for plan, times in zip(plans, times_s, strict=True)
+        ),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        stop_reason=stop_reason,
+        timings=timings,
         settings={
-            **asdict(generation_settings),
+            **asdict(replace(settings.generation, max_tokens=max_tokens)),
             "think": settings.think,
             "strict": settings.strict,
             "subtitles": None if settings.subtitles is None else str(settings.subtitles),
@@ -330,4 +364,4 @@ def _deliver(pieces: Pieces, on_text: OnText | None, on_reasoning: OnText | None
 
 def _warn_cut_off(allowed: int, asked: int) -> None:
     way = "raise --max-tokens" if allowed == asked else "the context is full: sample less to leave more room"
-    warnings.warn(f"the answer was cut off after {allowed} tokens; {way}", KeyeWarning, stacklevel=3)
+    warnings.warn(f"the answer was cut off after {allowed} tokens; {way}", KeyeWarning, stacklevel=4)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keyecli.kernels import experts as kernels
 from keyecli.kernels import reference
+from keyecli.kernels.device import device_capability
 from tests.compare import assert_close, assert_same
 from tests.kernels.on_device import CUDA, DEVICE, DTYPES, HALF, poisoned
 
@@ -181,7 +182,7 @@ def test_descriptors_or_pointers_are_the_same(tma: bool, monkeypatch: pytest.Mon
     """Descriptors exist from Hopper on; elsewhere the plan never asks for them."""
     sizes = {"tokens": 4000, "model": 512, "width": 384} if CUDA else {"tokens": 18, "num_experts": 2}
     inputs = problem(**sizes, dtype=HALF[0])
-    capability = kernels.capability_of(inputs[0])
+    capability = device_capability(inputs[0].device)
     original = kernels.plan_for
     tma = tma and capability in (0, 90)
     monkeypatch.setattr(kernels, "plan_for", lambda *a: replace(original(*a), tma=tma))

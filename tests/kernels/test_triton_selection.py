@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels import indexer, reference, selection
+from keyecli.kernels.device import device_capability, device_processors
 from tests.compare import assert_close, assert_same
 from tests.kernels.on_device import CUDA, DEVICE, DTYPES, poisoned
 
@@ -400,7 +401,7 @@ def test_fp8_scores_equal_the_definition(queries: int) -> None:
         scores = indexer.index_scores(q[0], w, k[0], q[1], k[1])
     expected = reference.index_scores(q[0], w, k[0], q[1], k[1])
     # FP8 units add products with some 14 bits; decoded products are added in fp32.
-    native = CUDA and indexer.device_capability(scores.device) >= 89
+    native = CUDA and device_capability(scores.device) >= 89
     assert_close(scores, expected, relative=2e-3 if native else 5e-6, cosine=1e-5)
 
 
@@ -493,7 +494,7 @@ def test_chunks_do_not_change_the_lists(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(reference, "SELECTION_WORKSPACE_BYTES", 64 * 90 * 3)
     assert_same(reference.select_keys(q, w, k, 20), whole, what="definition in chunks of 3")
     # Room for five rows: a chunk of five queries and one of four, which another kernel scores.
-    capability, processors = indexer.device_capability(q.device), indexer.device_processors(q.device)
+    capability, processors = device_capability(q.device), device_processors(q.device)
     monkeypatch.setattr(selection, "WORKSPACE_BYTES", 5 * 4 * 256)
     assert selection.queries_a_chunk(1, 9, 90, 20, capability, processors) == (1, 5)
     assert_same(selection.select_keys(q, w, k, 20), whole, what="chunks of 5")
