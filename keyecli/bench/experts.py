@@ -148,16 +148,20 @@ def measure_backward(layer: Layer) -> Measurement:
     return measurement
 
 
+def step(layer: Layer) -> Tensor:
+    """What a decoding step does, its choice of experts included."""
+    return kernels.decode_experts(layer.x, layer.logits, TOP_K, True, layer.gate_up, layer.down)
+
+
 def measure_decode(tokens: int) -> Measurement:
     """A few layers in one CUDA graph, divided by their number; the definition cannot be captured and runs eagerly."""
     layers = [random_layer(tokens) for _ in range(DECODE_LAYERS)]
     for layer in layers:
-        actual = kernels.moe_experts(*layer.arguments)
-        require_equal(actual, reference.moe_experts(*layer.arguments), f"experts, {tokens} tokens")
+        require_equal(step(layer), reference.moe_experts(*layer.arguments), f"experts, {tokens} tokens")
 
     def run() -> None:
         for layer in layers:
-            kernels.moe_experts(*layer.arguments)
+            step(layer)
 
     distinct = sum(len(layer.experts.unique()) for layer in layers) / DECODE_LAYERS
 

@@ -41,10 +41,27 @@ class Measurement:
         """The figures as plain data, schema keye.bench/1."""
         return {"schema": "keye.bench/1", **asdict(self), "floor_s": self.floor_s, "ratio": self.ratio}
 
+    def line(self) -> str:
+        """One row for a reader: operation, case, time and spread, rates, share of the floor, ratio to the baseline."""
+        text = f"{self.operation:<28} {self.case:<34} {_time(self.seconds)} ±{_time(self.spread_s)}"
+        if self.flops:
+            text += f"  {self.flops / self.seconds / 1e12:6.1f} TFLOP/s"
+        if self.bytes:
+            text += f"  {self.bytes / self.seconds / 1e12:5.2f} TB/s"
+        if self.floor_s:
+            text += f"  {self.floor_s / self.seconds:4.0%} of the floor"
+        if self.baseline_s is not None:
+            text += f"  {self.ratio:5.2f} × {self.baseline} ({_time(self.baseline_s)})"
+        return text
+
     @property
     def ratio(self) -> float | None:
         """This over the baseline: below one is faster."""
         return None if self.baseline_s is None else self.seconds / self.baseline_s
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:9.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:9.1f} µs"
 
 
 def time_device(run: Callable[[], object], budget_s: float = 0.3) -> tuple[float, float]:

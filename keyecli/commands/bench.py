@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -15,73 +16,103 @@ from keyecli.console import console
 from keyecli.errors import UsageError
 from keyecli.settings import Settings
 
-if TYPE_CHECKING:
-    from keyecli.bench.measure import Measurement
-
 KERNELS = ("selection", "attention", "experts", "vision")
-WHAT = ("kernels", "prefill", "decode")
+LENGTHS = "4096,32768,131072,262144"
+OWN_OPTIONS = {
+    "kernels": ("--only", "--lengths"),
+    "prefill": ("--lengths",),
+    "decode": ("--lengths",),
+    "memory": ("--lengths",),
+    "end-to-end": ("--hours",),
+    "video": ("CLIP",),
+}
+"""What is measured → what can be said of it."""
+
+
+class Row(Protocol):
+    """Figures of one case, for a reader and for a program."""
+
+    def line(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @with_settings(OUTPUT)
 def bench(
     what: Annotated[
-        str | None, typer.Argument(metavar="WHAT", help="What to measure: kernels, prefill, decode.")
+        str | None, typer.Argument(metavar="WHAT", help=f"What to measure: {', '.join(OWN_OPTIONS)}.")
+    ] = None,
+    clips: Annotated[
+        list[Path] | None, typer.Argument(metavar="[CLIP]...", help="video: clips to read; none: made here.")
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option("--only", metavar="A,B", help="Only these: selection, attention, experts, vision."),
+        typer.Option(
+            "--only", metavar="A,B", help="kernels: only these of selection, attention, experts, vision."
+        ),
     ] = None,
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,M", help="Numbers of tokens to measure at.")
-    ] = "4096,32768,131072,262144",
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="N,M",
+            help=f"Numbers of tokens to measure at; {LENGTHS} if not given.",
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", metavar="H", help="end-to-end: length of the clip; 1 if not given."),
+    ] = None,
     *,
     settings: Settings,
 ) -> None:
-    """Measure this machine's GPU in the shape of the 30B model: its kernels, or the whole decoder with random weights.
+    """Measure this machine in the shape of the 30B model with random weights; no download is needed.
 
+    kernels: each kernel beside what PyTorch has for it. prefill, decode: the whole decoder. memory: the plan beside the
+    peak. end-to-end: a long clip from its file to the first token. video: reading frames, the only one without a GPU.
     Every result is checked before it is timed. A line gives the median time, what the operation reaches of the floor
     that arithmetic and memory set on one H200, and its time over the baseline's, both from the same run.
     """
-    if what not in WHAT:
-        raise UsageError(f"keye bench measures {', '.join(WHAT)}: name one, as in `keye bench kernels`")
-    if only is not None and what != "kernels":
-        raise UsageError("--only chooses among the kernels: it goes with `keye bench kernels`")
+    if what not in OWN_OPTIONS:
+        raise UsageError(
+            f"keye bench measures {', '.join(OWN_OPTIONS)}: name one, as in `keye bench kernels`"
+        )
+    given = {"--only": only, "--lengths": lengths, "--hours": hours, "CLIP": clips or None}
+    for option, value in given.items():
+        if value is not None and option not in OWN_OPTIONS[what]:
+            places = " and ".join(
+                f"`keye bench {name}`" for name, options in OWN_OPTIONS.items() if option in options
+            )
+            raise UsageError(f"{option} goes with {places}")
     rooms = _chosen(only)
-    sizes = _lengths(lengths)
+    sizes = _lengths(lengths or LENGTHS)
 
     with leaving_at_once():
         import torch
 
-    if not torch.cuda.is_available():
-        raise UsageError(f"{what} is measured on an NVIDIA GPU, and this machine has none that torch can use")
-    console.detail(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for measurement in _measurements(what, rooms, sizes):
-        if settings.json:
-            console.result(json.dumps(measurement.to_dict()))
-        else:
-            console.result(line(measurement))
+    if what != "video":
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"{what} is measured on an NVIDIA GPU, and this machine has none that torch can use"
+            )
+        console.detail(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for row in _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or []):
+        console.result(json.dumps(row.to_dict()) if settings.json else row.line())
 
 
-def _measurements(what: str, rooms: tuple[str, ...], sizes: tuple[int, ...]) -> Iterator[Measurement]:
+def _rows(
+    what: str, rooms: tuple[str, ...], sizes: tuple[int, ...], hours: float, clips: Sequence[Path]
+) -> Iterator[Row]:
     if what == "kernels":
         for room in rooms:
             yield from import_module(f"keyecli.bench.{room}").measure(sizes)
+    elif what == "video":
+        yield from import_module("keyecli.bench.video").measure(clips, on_step=console.detail)
+    elif what == "end-to-end":
+        yield from import_module("keyecli.bench.end_to_end").measure(hours)
+    elif what == "memory":
+        yield from import_module("keyecli.bench.memory").measure(sizes)
     else:
         yield from getattr(import_module("keyecli.bench.network"), f"measure_{what}")(sizes)
-
-
-def line(measurement: Measurement) -> str:
-    """One row for a reader: operation, case, time and spread, share of the floor, ratio to the baseline."""
-    text = f"{measurement.operation:<28} {measurement.case:<34} {_time(measurement.seconds)} ±{_time(measurement.spread_s)}"
-    if measurement.floor_s:
-        text += f"  {measurement.floor_s / measurement.seconds:4.0%} of the floor"
-    if measurement.baseline_s is not None:
-        text += f"  {measurement.ratio:5.2f} × {measurement.baseline} ({_time(measurement.baseline_s)})"
-    return text
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:9.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:9.1f} µs"
 
 
 def _chosen(only: str | None) -> tuple[str, ...]:

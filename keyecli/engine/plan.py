@@ -236,16 +236,9 @@ def plan_run(
         prompt_tokens = text_tokens + sum(item.sampling.tokens + item.layout_tokens for item in inputs)
     context = config.max_position_embeddings
     answer = max(1, min(max_tokens, context - prompt_tokens))
-    width = DTYPE_BYTES[dtype]
-    frame_patches = max((item.sampling.tokens_per_frame for item in inputs), default=0) * merge_area(config)
-    total = prompt_tokens + answer
-    memory = MemoryEstimate(
-        weights_bytes=parameter_count(config) * width,
-        cache_bytes=total * cache_bytes_per_token(config, width),
-        workspace_bytes=max(
-            encode_workspace_bytes(config, frame_patches, width),
-            prefill_workspace_bytes(config, total, width, device, kernels),
-        ),
+    frame_tokens = max((item.sampling.tokens_per_frame for item in inputs), default=0)
+    memory = estimate_memory(
+        config, prompt_tokens + answer, frame_tokens, dtype=dtype, device=device, kernels=kernels
     )
     return RunPlan(
         model=model,
@@ -264,6 +257,21 @@ def plan_run(
 def merge_area(config: KeyeVL2Config) -> int:
     """Patches that become one token."""
     return config.vision_config.spatial_merge_size**2
+
+
+def estimate_memory(
+    config: KeyeVL2Config, tokens: int, frame_tokens: int, *, dtype: str, device: str, kernels: Backend
+) -> MemoryEstimate:
+    """What prompt and answer of together `tokens` tokens take, with frames of `frame_tokens` tokens at most (0: none)."""
+    width = DTYPE_BYTES[dtype]
+    return MemoryEstimate(
+        weights_bytes=parameter_count(config) * width,
+        cache_bytes=tokens * cache_bytes_per_token(config, width),
+        workspace_bytes=max(
+            encode_workspace_bytes(config, frame_tokens * merge_area(config), width),
+            prefill_workspace_bytes(config, tokens, width, device, kernels),
+        ),
+    )
 
 
 def prefill_chunk_tokens(device: str) -> int:

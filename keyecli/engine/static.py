@@ -1,7 +1,7 @@
 """One new token at a time from static buffers: a step is one CUDA graph, whatever the length of what came before.
 
-B sequences, D width. The lengths stand on the device, every kernel's shape follows from the cache's room, and the host
-starts a whole step with one call.
+B sequences, D width. Lengths and positions stand on the device and are counted there, every kernel's shape follows from the
+cache's room, and the host starts a whole step with one call that waits for nothing.
 """
 
 from __future__ import annotations
@@ -9,60 +9,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keyecli.kernels import dispatch
+from keyecli.kernels.reference import Branches
 from keyecli.model.attention import SparseAttention
 from keyecli.model.cache import KeyeCache
 from keyecli.model.decoder import DecoderLayer
+from keyecli.model.indexer import RMSNorm
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.moe import SparseMoE
 
 
 class StaticDecoder:
-    """Continues the sequences of a cache; make one for a cache whose prompt is prefilled.
+    """Continues the sequences of a cache, or the branches of its only one, whose prompts are prefilled.
 
     Computes what `model.decode` does for one token of each sequence, in kernels that take a layer's projections together, so
-    its results may differ from those in the last bits. ValueError for a model or a way of running that `suits` refuses.
+    its results may differ from those in the last bits; they do not depend on how many sequences there are. ValueError for a
+    model or a way of running that `suits` refuses.
     """
 
-    def __init__(self, model: KeyeVL2ForConditionalGeneration, cache: KeyeCache) -> None:
-        if not suits(model, cache):
+    def __init__(
+        self,
+        model: KeyeVL2ForConditionalGeneration,
+        cache: KeyeCache,
+        branches: Branches | None = None,
+    ) -> None:
+        if not suits(model, cache, branches):
             raise ValueError("this model is not decoded from static buffers: use model.decode")
-        self._model, self._cache = model, cache
-        device, batch = cache.k.device, cache.k.shape[1]
-        self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-        self._positions = torch.zeros((3, batch, 1), dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._model, self._cache, self._branches = model, cache, branches
+        self._batch = cache.k.shape[1] if branches is None else branches.count
+        self._room = cache.capacity if branches is None else branches.length
+        device = cache.k.device
+        self._ids = torch.zeros(self._batch, dtype=torch.int64, device=device)
+        # Lengths and positions, counted together.
+        self._counts = torch.zeros(2, self._batch, dtype=torch.int64, device=device)
+        self._lengths, self._positions = self._counts
+        self._frequencies = model.model.frequencies(device)
+        self._longest = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
-    @torch.inference_mode()
-    def step(self, token_ids: Sequence[int], position: int) -> Tensor:
-        """Feed one token to each sequence, at `position` on all three axes; returns the logits that follow, fp32 [B, vocabulary].
+    def begin(self, lengths: Sequence[int], positions: Sequence[int]) -> None:
+        """Say where each sequence stands: how many tokens the cache holds of it, and its next token's position on all axes."""
+        if len(lengths) != self._batch or len(positions) != self._batch:
+            raise ValueError(f"{self._batch} sequences are decoded, not {len(lengths)}")
+        self._counts.copy_(torch.tensor([lengths, positions]))
+        self._longest = max(lengths)
 
-        Adds them to the cache (ValueError when it is full). The result is overwritten by the next step.
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Feed one token to each sequence, int64 [B] on the device; returns the logits that follow, fp32 [B, vocabulary].
+
+        Adds them to the sequences (ValueError when there is no room for one more); without branches the cache's own length
+        counts them too. Never waits for the device. The result is overwritten by the next step.
         """
-        if self._cache.length >= self._cache.capacity:
-            raise ValueError(f"the cache holds {self._cache.capacity} tokens and is full")
-        self._ids.copy_(torch.tensor(token_ids)[:, None])
-        self._positions.fill_(position)
-        self._lengths.fill_(self._cache.length)
+        if self._longest >= self._room:
+            raise ValueError(f"the cache holds {self._room} tokens and is full")
+        self._longest += 1
+        self._ids.copy_(token_ids)
         if self._ids.device.type != "cuda":
             self._logits = self._run()
         elif self._graph is None:
             self._capture()
         if self._graph is not None:
             self._graph.replay()
-        self._cache.advance(1)
+        if self._branches is None:
+            self._cache.advance(1)
         assert self._logits is not None
         return self._logits
 
     def _capture(self) -> None:
-        """The first run compiles and picks algorithms; what it writes into the cache the replay writes again."""
+        """The first run compiles and picks algorithms; what it writes the replay writes again, so only its counts are undone."""
         stream = torch.cuda.Stream(self._ids.device)
         stream.wait_stream(torch.cuda.current_stream(self._ids.device))
         with torch.cuda.stream(stream):
             self._run()
+            self._counts -= 1
         torch.cuda.current_stream(self._ids.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -71,18 +94,16 @@ class StaticDecoder:
     def _run(self) -> Tensor:
         """The step itself, on the buffers."""
         decoder = self._model.model
-        x = decoder.embed_tokens(self._ids).squeeze(1)
-        tables = decoder.rotary_tables(self._positions, x.dtype)
+        x = decoder.embed_tokens(self._ids)
+        tables = dispatch.token_tables(self._positions, self._frequencies, x.dtype, "triton")
         delta: Tensor | None = None
         for number, layer in enumerate(decoder.layers):
-            normed = dispatch.add_norm(
-                x, delta, layer.input_layernorm.weight, layer.input_layernorm.eps, "triton"
-            )
+            normed = _normed(x, delta, layer.input_layernorm)
             delta = self._attend(layer.self_attn, number, normed, tables)
-            norm = layer.post_attention_layernorm
-            delta = self._feed_forward(layer, dispatch.add_norm(x, delta, norm.weight, norm.eps, "triton"))
-        hidden = dispatch.add_norm(x, delta, decoder.norm.weight, decoder.norm.eps, "triton")
-        return self._model.logits(hidden)
+            delta = _feed_forward(layer, _normed(x, delta, layer.post_attention_layernorm))
+        logits = _linear(self._model.lm_head, _normed(x, delta, decoder.norm), torch.float32)
+        self._counts += 1
+        return logits
 
     def _attend(
         self,
@@ -92,35 +113,54 @@ class StaticDecoder:
         tables: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
         """normed [B, D] → what attention adds, [B, D]; writes the new token's keys and values."""
-        cache = self._cache
+        cache, branches = self._cache, self._branches
         assert cache.index_k is not None
-        q, index_q, gates = attention.place(normed[:, None], tables, self._lengths, cache)
+        q, index_q, gates = attention.place(normed[:, None], tables, self._lengths, cache, branches)
         indices = dispatch.select_keys(
-            index_q, gates, cache.index_k[layer], attention.top_k, None, self._lengths, backend="triton"
-        )
-        attended = dispatch.attended(q, cache.k[layer], cache.v[layer], indices, "triton")
-        return attention.o_proj(attended.flatten(1))
+            index_q, gates, cache.index_k[layer], attention.top_k, None, self._lengths, "triton", branches, settled=True
+        )  # fmt: skip
+        attended = dispatch.attended(q, cache.k[layer], cache.v[layer], indices, "triton", branches)
+        return _linear(attention.o_proj, attended.flatten(1))
 
-    @staticmethod
-    def _feed_forward(layer: DecoderLayer, normed: Tensor) -> Tensor:
-        return layer.mlp(normed[:, None]).squeeze(1)
+
+def _normed(x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+    return dispatch.add_norm(x, delta, norm.weight, norm.eps, "triton")
+
+
+def _feed_forward(layer: DecoderLayer, normed: Tensor) -> Tensor:
+    """normed [B, D] → what the layer's second half adds, [B, D]."""
+    if isinstance(layer.mlp, SparseMoE):
+        return layer.mlp.routed(normed, _linear(layer.mlp.gate, normed))
+    return layer.mlp(normed)
+
+
+def _linear(linear: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x [B, K] → [B, N]; what is no plain linear layer (an adapter, quantised weights) has a way of its own."""
+    if type(linear) is nn.Linear and linear.bias is None:
+        return dispatch.linear(x, linear.weight, out_dtype, "triton")
+    product = linear(x)
+    return product if out_dtype is None else product.to(out_dtype)
 
 
 def decoder_for(
-    model: KeyeVL2ForConditionalGeneration, cache: KeyeCache, made: StaticDecoder | None = None
+    model: KeyeVL2ForConditionalGeneration,
+    cache: KeyeCache,
+    made: StaticDecoder | None = None,
+    branches: Branches | None = None,
 ) -> StaticDecoder | None:
-    """The decoder `made` for this cache before, else a new one; None where `suits` refuses."""
-    if not suits(model, cache):
+    """The decoder `made` for this cache and these branches before, else a new one; None where `suits` refuses."""
+    if not suits(model, cache, branches):
         return None
-    return made or StaticDecoder(model, cache)
+    return made or StaticDecoder(model, cache, branches)
 
 
-def suits(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache) -> bool:
+def suits(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache, branches: Branches | None = None) -> bool:
     """Whether a `StaticDecoder` can be made: the kernels compute, keys are selected, nobody watches, a few sequences at most."""
     layers = [layer.self_attn for layer in model.model.layers]
+    sequences = cache.k.shape[1] if branches is None else branches.count
     return (
         model.model.mode == "sparse"
-        and cache.k.shape[1] <= dispatch.DECODE_TOKENS
+        and sequences <= dispatch.DECODE_TOKENS
         and all(attention.observer is None and attention.can_join() for attention in layers)
         and dispatch.backend_of(cache.k, layers[0].backend) == "triton"
     )

@@ -71,6 +71,7 @@ def answer_text(
                 prefilled.prompt.next_position,
                 replace(settings, max_tokens=planned.max_tokens),
                 stop_ids=stop_token_ids(loaded.config, loaded.tokenizer, loaded.generation_config),
+                prompt_ids=prefilled.prompt.input_ids,
                 on_text=lambda piece: deliver(splitter.add(piece)),
             )
             deliver(splitter.finish())

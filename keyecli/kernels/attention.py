@@ -309,6 +309,8 @@ def attend_list(
     end,
     k_key,
     v_key,
+    shared,
+    offset,
     scale,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -316,7 +318,8 @@ def attend_list(
 ):
     """Rows of one query's heads over the entries begin … end − 1 of its list.
 
-    queries: tile [rows, DIM]; k, v: pointers to the key/value head. Returns the weighted sum of values [rows, DIM] without
+    queries: tile [rows, DIM]; k, v: pointers to the key/value head, whose keys from `shared` on stand `offset` rows further.
+    Returns the weighted sum of values [rows, DIM] without
     its denominator, the largest scaled logit (base 2) and the denominator [rows]; 0, −inf and 0 where there was no key.
     """
     dims = tl.arange(0, DIM)
@@ -330,8 +333,10 @@ def attend_list(
         ahead = start + KEYS + offsets
         following = tl.load(indices + ahead, mask=ahead < end, other=-1)
         present = chosen >= 0
-        rows = chosen.to(tl.int64)[:, None]
+        rows = (chosen + tl.where(chosen < shared, 0, offset)).to(tl.int64)[:, None]
         keys = tl.load(k + rows * k_key + dims[None, :], mask=present[:, None], other=0.0)
+        # Asked for together: one tile is often all that a program has, and then nothing else hides the way from memory.
+        values = tl.load(v + rows * v_key + dims[None, :], mask=present[:, None], other=0.0)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         logits = tl.where(present[None, :], logits, float("-inf"))
         largest = tl.maximum(maximum, tl.max(logits, 1))
@@ -340,7 +345,6 @@ def attend_list(
         weights = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(maximum - base)
         total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(v + rows * v_key + dims[None, :], mask=present[:, None], other=0.0)
         sums = sums * shrink[:, None]
         sums = tl.dot(weights.to(values.dtype), values, sums, input_precision=PRECISION)
         maximum = largest
@@ -394,6 +398,8 @@ def _gather_kernel(
         length,
         k_key,
         v_key,
+        0,
+        0,
         scale,
         KEYS,
         DIM,

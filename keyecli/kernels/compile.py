@@ -24,6 +24,7 @@ MODULES = (
     "experts",
     "vision",
     "step",
+    "linear",
 )
 # The most shared memory that one block may ask for, in bytes, by compute capability.
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}

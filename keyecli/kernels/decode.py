@@ -24,7 +24,14 @@ from keyecli.kernels.attention import (
     rows_of,
 )
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.device import device_capability, precision_of
+from keyecli.kernels.device import (
+    dependent_launch,
+    device_capability,
+    let_next_begin,
+    precision_of,
+    wait_for_previous,
+)
+from keyecli.kernels.reference import Branches
 from keyecli.kernels.unions import GROUP
 
 # About two programs for each processor of the largest chips (132): enough rows on their way to keep the memory busy.
@@ -40,9 +47,12 @@ def tile_of(capability: int, element_bytes: int) -> Tile:
     return Tile(64, 4, 2) if element_bytes == 2 else Tile(32, 4, 1)
 
 
-def parts_of(batch: int, tokens: int, groups: int, length: int, tile_keys: int) -> tuple[int, int]:
-    """In how many parts a list of `length` entries is split, and how many entries, whole tiles, a part has."""
-    wanted = max(1, min(PROGRAMS // (batch * tokens * groups), MOST_PARTS, triton.cdiv(length, tile_keys)))
+def parts_of(groups: int, length: int, tile_keys: int) -> tuple[int, int]:
+    """In how many parts a list of `length` entries is split, and how many entries, whole tiles, a part has.
+
+    As one token alone wants it: a token's sums must not depend on how many others there are.
+    """
+    wanted = max(1, min(PROGRAMS // groups, MOST_PARTS, triton.cdiv(length, tile_keys)))
     entries = triton.cdiv(triton.cdiv(length, wanted), tile_keys) * tile_keys
     return triton.cdiv(length, entries), entries
 
@@ -51,7 +61,7 @@ def decode_workspace(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
     """The fp32 memory that `decode_attention` needs for arguments of these shapes, for callers that keep it."""
     batch, tokens, heads, dim = q.shape
     tile = tile_of(device_capability(q.device), q.element_size())
-    parts, _ = parts_of(batch, tokens, k.shape[2], indices.shape[-1], tile.keys)
+    parts, _ = parts_of(k.shape[2], indices.shape[-1], tile.keys)
     return torch.empty(batch * tokens * heads * parts * (dim + 2), dtype=torch.float32, device=q.device)
 
 
@@ -63,15 +73,19 @@ def decode_attention(
     indices: Tensor,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    branches: Branches | None = None,
 ) -> Tensor:
     """Grouped-query attention of new tokens over their own keys: the output of `reference.attend_indices`.
 
     q: [B, T, H, d]; k, v: [B, S, G, d], any strides (cache buffers are read in place, whatever stands in rows that nobody
-    selects); indices: int32 [B, T, K], −1 for none. out: contiguous [B, T, H, d] in q's type, and workspace, as
-    `decode_workspace` makes it, spare the allocations. Returns `out`; 0 for a token without keys. No gradients.
+    selects), with `branches` [1, rows, G, d]; indices: int32 [B, T, K], −1 for none. out: contiguous [B, T, H, d] in q's type,
+    and workspace, as `decode_workspace` makes it, spare the allocations. Returns `out`; 0 for a token without keys. No gradients.
     """
-    check(q, k, v, indices)
     batch, tokens, heads, dim = q.shape
+    if branches is None:
+        check(q, k, v, indices)
+    else:
+        check(q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), indices)
     groups, length = k.shape[2], indices.shape[-1]
     q, k, v, indices = rows_of(q), rows_of(k), rows_of(v), indices.to(torch.int32).contiguous()
     if out is None:
@@ -79,23 +93,27 @@ def decode_attention(
     if workspace is None:
         workspace = decode_workspace(q, k, indices)
     tile = tile_of(device_capability(q.device), q.element_size())
-    parts, entries = parts_of(batch, tokens, groups, length, tile.keys)
+    parts, entries = parts_of(groups, length, tile.keys)
     rows = batch * tokens * heads
     if not out.is_contiguous() or out.shape != q.shape or workspace.numel() < rows * parts * (dim + 2):
         raise ValueError("out or workspace do not suit the arguments")
+    # Branches share the buffers, so that only their rows tell them apart.
+    shared, room = (k.shape[1], 0) if branches is None else (branches.shared, branches.room)
+    strides = [0 if branches and axis == 0 else cache.stride(axis) for cache in (k, v) for axis in range(3)]
     _part_kernel[(batch * tokens * groups * parts,)](
-        q, k, v, indices, workspace, tokens, length, groups, parts, entries, rows,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim**-0.5 * LOG2_E.value,
+        q, k, v, indices, workspace, tokens, length, groups, parts, entries, rows, shared, room,
+        *q.stride()[:3], *strides, dim**-0.5 * LOG2_E.value,
         RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **dependent_launch(q.device),
     )  # fmt: skip
     _combine_kernel[(rows,)](
-        workspace, out, parts, rows, DIM=dim, PARTS=triton.next_power_of_2(parts), num_warps=4
-    )
+        workspace, out, parts, rows, DIM=dim, PARTS=triton.next_power_of_2(parts), num_warps=4,
+        **dependent_launch(q.device),
+    )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "shared", "room"])
 def _part_kernel(
     q,
     k,
@@ -108,6 +126,8 @@ def _part_kernel(
     parts,
     entries,
     rows,
+    shared,
+    room,
     q_batch,
     q_token,
     q_head,
@@ -122,11 +142,14 @@ def _part_kernel(
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One part of one token's list for one key/value head.
 
     The workspace holds sums [rows, parts, DIM], then maxima and denominators [rows, parts].
     """
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     part = tl.program_id(0) % parts
     key_head = tl.program_id(0) // parts % key_heads
     row = (tl.program_id(0) // parts // key_heads).to(tl.int64)
@@ -148,6 +171,8 @@ def _part_kernel(
         tl.minimum(begin + entries, length),
         k_key,
         v_key,
+        shared,
+        (batch * room).to(tl.int32),
         scale,
         KEYS,
         DIM,
@@ -161,8 +186,12 @@ def _part_kernel(
 
 
 @triton.jit
-def _combine_kernel(workspace, out, parts, rows, DIM: tl.constexpr, PARTS: tl.constexpr):
+def _combine_kernel(
+    workspace, out, parts, rows, DIM: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """Weigh one row's parts by their largest logits."""
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, DIM)
     part = tl.arange(0, PARTS)
@@ -186,8 +215,11 @@ def compile_cases(capability: int) -> list[CompileCase]:
         tile = tile_of(capability, element_bytes)
         precision = "ieee" if kind == "fp32" else "tf32"
         constants: dict[str, Any] = {"RATIO": 8, "DIM": dim, "KEYS": tile.keys, "PRECISION": precision}
+        constants["DEPENDENT"] = capability >= 90
         tensors = {**dict.fromkeys(("q", "k", "v"), f"*{kind}"), "indices": "*i32", "workspace": "*fp32"}
-        counts = dict.fromkeys(("tokens", "length", "key_heads", "parts", "entries", "rows"), "i32")
+        counts = dict.fromkeys(
+            ("tokens", "length", "key_heads", "parts", "entries", "rows", "shared", "room"), "i32"
+        )
         strides = {f"{name}": "i64" for name in _part_kernel.arg_names if name[1:2] == "_"}
         signature = {**tensors, **counts, **strides, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
         aligned = (*tensors, *strides, "length", "entries")
@@ -196,13 +228,13 @@ def compile_cases(capability: int) -> list[CompileCase]:
             CompileCase(f"part {name}", _part_kernel, signature, constants, tile.warps, tile.stages, aligned)
         )
         combine = {"workspace": "*fp32", "out": f"*{kind}", "parts": "i32", "rows": "i32"}
-        combine |= {"DIM": "constexpr", "PARTS": "constexpr"}
+        combine |= dict.fromkeys(("DIM", "PARTS", "DEPENDENT"), "constexpr")
         cases.append(
             CompileCase(
                 f"combine {name}",
                 _combine_kernel,
                 combine,
-                {"DIM": dim, "PARTS": 32},
+                {"DIM": dim, "PARTS": 32, "DEPENDENT": capability >= 90},
                 divisible_by_16=("workspace", "out"),
             )
         )

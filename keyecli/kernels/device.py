@@ -1,4 +1,9 @@
-"""What the kernels' launches ask of a device, answered once for each, and how precisely `tl.dot` multiplies a type."""
+"""What the kernels' launches ask of a device, answered once for each, and how precisely `tl.dot` multiplies a type.
+
+A kernel launched with `dependent_launch` may begin while the one before it still runs. It calls `let_next_begin` at once, so
+that the same holds for the one behind it, asks for what no earlier kernel writes (weights), and then calls `wait_for_previous`
+before it reads or writes anything else: all work of all kernels before it is then done and seen. Every program must call it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @functools.cache
@@ -24,6 +31,26 @@ def device_capability(device: torch.device) -> int:
     if device.type != "cuda" or triton.knobs.runtime.interpret:
         return 0
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch that need not wait for the one before it to end: from sm_90 on; elsewhere it waits."""
+    able = device_capability(device) >= 90
+    return {"DEPENDENT": able, "launch_pdl": able}
+
+
+@triton.jit
+def let_next_begin(DEPENDENT: tl.constexpr):
+    """The next kernel may be started as soon as every program of this one is."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """What earlier kernels write is there from here on, and what they read may be written."""
+    if DEPENDENT:
+        gdc_wait()
 
 
 def device_processors(device: torch.device) -> int:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from keyecli.errors import KernelError
-from keyecli.kernels import reference
+from keyecli.kernels import quantized_weights, reference
+from keyecli.kernels.quantized_weights import QuantizedMatrix
 
 Backend = Literal["reference", "triton"]
 
-# Up to here new tokens go through the kernel that splits every list over the whole chip.
+# Up to here new tokens go through the kernels that read each weight once and split every list over the whole chip: most
+# chosen experts are then chosen once (8 tokens make 64 choices among 128), so hardly a weight is read twice.
 DECODE_TOKENS = 8
 
 
@@ -52,14 +54,20 @@ def select_keys(
     segments: Tensor | None = None,
     first_query: int | Tensor | None = None,
     backend: Backend | None = None,
+    branches: reference.Branches | None = None,
+    settled: bool = False,
 ) -> Tensor:
-    """`reference.select_keys`."""
+    """`reference.select_keys`; with `branches`, k [1, rows, e] holds their keys, one branch for each of the B rows. settled:
+    nothing of k before the first query was written shortly before."""
     if backend_of(q, backend) == "reference":
+        k = k if branches is None else branches.unfolded(k)
         return reference.select_keys(q, w, k, top_k, segments, first_query)
     with _naming("the selection of keys", q.device):
         from keyecli.kernels import selection
 
-        return selection.select_keys(q, w, k, top_k, segments, first_query)
+        return selection.select_keys(
+            q, w, k, top_k, segments, first_query, branches=branches, settled=settled
+        )
 
 
 def attend_indices(
@@ -74,15 +82,27 @@ def attend_indices(
         return attention.sparse_attention(q, k, v, indices)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, backend: Backend | None = None) -> Tensor:
-    """The output of `attend_indices` alone, where no gradient is wanted; a few new tokens are attended to in parts."""
+def attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    backend: Backend | None = None,
+    branches: reference.Branches | None = None,
+) -> Tensor:
+    """The output of `attend_indices` alone, where no gradient is wanted; a few new tokens are attended to in parts.
+
+    With `branches`, k and v [1, rows, G, d] hold their keys and values, one branch for each of the B rows.
+    """
     few = q.shape[0] * q.shape[1] <= DECODE_TOKENS
     if backend_of(q, backend) == "reference" or torch.is_grad_enabled() or not few:
+        if branches is not None:
+            k, v = branches.unfolded(k), branches.unfolded(v)
         return attend_indices(q, k, v, indices, backend)[0]
     with _naming("sparse attention of new tokens", q.device):
         from keyecli.kernels import decode
 
-        return decode.decode_attention(q, k, v, indices)
+        return decode.decode_attention(q, k, v, indices, branches=branches)
 
 
 def selected_probabilities(
@@ -143,6 +163,38 @@ def moe_experts(
         return kernels.moe_experts(x, weights, experts, gate_up, down)
 
 
+def routed_experts(
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    normalise: bool,
+    gate_up: Tensor,
+    down: Tensor,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`reference.routed_experts`; a few tokens, where no gradient is wanted, by matrix-vector products."""
+    few = len(x) <= DECODE_TOKENS and not torch.is_grad_enabled()
+    if backend_of(x, backend) == "reference" or not few:
+        return moe_experts(x, *route(logits, top_k, normalise, backend), gate_up, down, backend)
+    with _naming("the experts of new tokens", x.device):
+        from keyecli.kernels import experts as kernels
+
+        return kernels.decode_experts(x, logits, top_k, normalise, gate_up, down)
+
+
+def linear(
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None, backend: Backend | None = None
+) -> Tensor:
+    """x [B, K] · weight [N, K]ᵀ → [B, N], for a few rows whose results do not depend on each other, stored as `out_dtype`."""
+    if backend_of(x, backend) == "reference":
+        product = torch.nn.functional.linear(x, weight)
+        return product if out_dtype is None else product.to(out_dtype)
+    with _naming("a linear layer", x.device):
+        from keyecli.kernels import linear as kernels
+
+        return kernels.linear(x, weight, out_dtype)
+
+
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, backend: Backend | None = None
 ) -> Tensor:
@@ -155,6 +207,21 @@ def add_norm(
         return step.add_norm(x, delta, weight, eps)
 
 
+def token_tables(
+    positions: Tensor,
+    frequencies: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.token_tables`."""
+    if backend_of(positions, backend) == "reference":
+        return reference.token_tables(positions, frequencies, dtype)
+    with _naming("rotary tables", positions.device):
+        from keyecli.kernels import step
+
+        return step.token_tables(positions, frequencies, dtype)
+
+
 def place_projections(
     projected: Tensor,
     tables: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -163,15 +230,53 @@ def place_projections(
     caches: tuple[Tensor, Tensor, Tensor],
     shape: reference.StepShape,
     backend: Backend | None = None,
+    branches: reference.Branches | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.place_projections`."""
-    arguments = (projected, tables, lengths, norms, caches, shape)
+    arguments = (projected, tables, lengths, norms, caches, shape, branches)
     if backend_of(projected, backend) == "reference":
         return reference.place_projections(*arguments)
     with _naming("a new token's projections", projected.device):
         from keyecli.kernels import step
 
         return step.place_projections(*arguments)
+
+
+def quantized_linear(
+    x: Tensor,
+    matrix: QuantizedMatrix,
+    dense: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`quantized_weights.quantized_linear`; results of a few rows, where no gradient is wanted, do not depend on each other."""
+    if backend_of(x, backend) == "reference":
+        return quantized_weights.quantized_linear(x, matrix, dense)
+    with _naming("a quantised linear layer", x.device):
+        from keyecli.kernels import quantized
+
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= DECODE_TOKENS and not torch.is_grad_enabled():
+            return quantized.quantized_linear(rows, matrix, dense).view(*x.shape[:-1], -1)
+        return x @ quantized.read_back(matrix, x.dtype, dense)
+
+
+def quantized_experts(
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    normalise: bool,
+    gate_up: QuantizedMatrix,
+    down: QuantizedMatrix,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`quantized_weights.quantized_experts`; a few tokens, where no gradient is wanted, by matrix-vector products."""
+    if backend_of(x, backend) == "reference":
+        return quantized_weights.quantized_experts(x, logits, top_k, normalise, gate_up, down)
+    with _naming("the quantised experts", x.device):
+        from keyecli.kernels import quantized_experts as kernels
+
+        few = len(x) <= DECODE_TOKENS and not torch.is_grad_enabled()
+        return kernels.quantized_experts(x, logits, top_k, normalise, gate_up, down, few)
 
 
 @contextmanager

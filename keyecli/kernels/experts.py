@@ -1,4 +1,4 @@
-"""Routing and the routed experts in Triton: `route` and `moe_experts`, defined by their namesakes in `reference`.
+"""Routing and the routed experts in Triton: `route`, `moe_experts` and `decode_experts`, defined in `reference`.
 
 T tokens, k experts a token, R = T · k routed rows, E experts, D model width, F expert width. A routed row has two numbers: its
 source t · k + slot, and its place after sorting by expert. `order` maps places to sources.
@@ -8,8 +8,8 @@ waits for nothing: buffers hold the most tiles there can be, ceil(R / rows) + E,
 One kernel gathers rows of x and makes silu(gate) · up, one multiplies by `down` and writes scaled rows at their sources, one
 adds up each token's k rows in the order of its slots. Every sum has one order, so results repeat to the bit.
 
-Decode (at most `DECODE_TOKENS` tokens, the only thing that decides): sorting would cost more than it saves, so every (token,
-slot) multiplies its vector by its expert's matrices in two kernels that only stream weights.
+Decode (a few new tokens): sorting would cost more than it saves, so every (token, slot) multiplies its vector by its expert's
+matrices in two kernels that only stream weights, and finds out by itself which expert that is.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.device import device_capability, precision_of
+from keyecli.kernels.device import (
+    dependent_launch,
+    device_capability,
+    let_next_begin,
+    precision_of,
+    wait_for_previous,
+)
 
-# Up to here most chosen experts are chosen once (8 tokens make 64 choices among 128), so hardly a weight is read twice.
-DECODE_TOKENS = 8
 # With fewer rows an expert than this, on average, reading the weights bounds the time and tall tiles would be mostly empty.
 CROWDED_ROWS = 48
 # Tokens that go through the workspace at a time: 1.4 GiB in the 30B shape, and each weight is read for 2048 rows.
@@ -36,6 +40,7 @@ PREFILL_TOKENS = 32768
 SORT_ROWS, SCAN_BLOCKS, MAP_TILES = 128, 1024, 32
 COMBINE_COLUMNS, COMBINE_WARPS = 2048, 8
 ROUTE_TOKENS = 16
+CHOOSE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class Plan:
 
     rows: rows of one expert in a tile, shared by all kernels over sorted rows. gate_up: `columns` of gate and as many of up.
     backward: as gate_up, with a third accumulator. weight_gradient: a tile is `gradient_rows` × `columns`, `inner` rows a step.
-    decode_*: matrix-vector products, `inner` × `columns` weights a step. tma: read by tensor descriptors where possible.
+    decode_gate_up: matrix-vector products, `inner` × `columns` weights of each a step, a sum shared by `decode_splits` programs.
+    decode_down: the same, all steps of a program at once, whose weights must fit its registers. tma: read by tensor descriptors
+    where possible.
     """
 
     rows: int
@@ -65,6 +72,7 @@ class Plan:
     weight_gradient: Tile
     decode_gate_up: Tile
     decode_down: Tile
+    decode_splits: int = 2
     tma: bool = False
 
 
@@ -73,10 +81,10 @@ def plan_for(capability: int, itemsize: int, crowded: bool = True) -> Plan:
     if capability == 0:
         small = Tile(16, 16, 1, 1)
         return Plan(16, small, small, small, 16, small, small, small)
-    decode_gate_up, decode_down = Tile(32, 128, 4, 3), Tile(64, 128, 4, 3)
+    decode_gate_up, decode_down = Tile(32, 128, 4, 3), Tile(64, 256, 8, 1)
     if itemsize == 4:
         # Without tensor cores the accumulators and the operands of every multiplication sit in registers.
-        decode_gate_up, decode_down = Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)
+        decode_gate_up, decode_down = Tile(32, 64, 4, 2), Tile(16, 256, 4, 1)
         single = Tile(32, 16, 4, 2)
         return Plan(64, single, Tile(64, 16, 4, 2), single, 64, single, decode_gate_up, decode_down)
     if capability == 90:
@@ -359,11 +367,46 @@ def _combine_kernel(routed, out, D, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _choose_kernel(
+    logits,
+    weights,
+    experts,
+    stride,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """`_route_kernel` for one token a program: every expert counts those before it, all at once, since the rounds of a search
+    would take longer than a whole expert."""
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    token = tl.program_id(0)
+    bins = tl.arange(0, E_PADDED)
+    logit = tl.load(logits + token * stride + bins, mask=bins < E, other=float("-inf")).to(tl.float32)
+    power = tl.where(bins < E, tl.exp(logit - tl.max(logit, 0)), 0.0)
+    total = tl.sum(power, 0)
+    # A row with NaN still gets k different experts, all of them inside the tensors; its weights are NaN.
+    share = tl.where(total == total, power / total, 0.0)
+    share = tl.where(bins < E, share, -1.0)
+    ahead = share[None, :] > share[:, None]
+    ahead |= (share[None, :] == share[:, None]) & (bins[None, :] < bins[:, None])
+    rank = tl.sum(ahead.to(tl.int32), 1)
+    # Back to one value a thread: the sum stands where its rows did.
+    share = tl.where(total == total, share, float("nan"))
+    if NORMALISE:
+        share = share / tl.sum(tl.where(rank < TOP_K, share, 0.0), 0)
+    tl.store(weights + token * TOP_K + rank, share, mask=rank < TOP_K)
+    tl.store(experts + token * TOP_K + rank, bins, mask=rank < TOP_K)
+
+
+@triton.jit
 def _decode_gate_up_kernel(
     x,
     gate_up,
     experts,
-    hidden,
+    sums,
     arrived,
     x_stride,
     D,
@@ -372,30 +415,40 @@ def _decode_gate_up_kernel(
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
     DOWN_TILES_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """hidden[source] = silu(x · gate) · (x · up) for one source and a block of columns; clears the next kernel's counters."""
+    """sums[split, source] = x · gate and x · up over a part of D, for one source and a block of columns; clears the next
+    kernel's counters."""
+    wait_for_previous(DEPENDENT)
+    # Not before, so that the next kernel finds the experts chosen without waiting.
+    let_next_begin(DEPENDENT)
     source = tl.program_id(1)
     token = source // TOP_K
-    if (tl.program_id(0) == 0) and (source % TOP_K == 0):
+    split = tl.program_id(2)
+    if (tl.program_id(0) == 0) and (source % TOP_K == 0) and (split == 0):
         counters = tl.arange(0, DOWN_TILES_PADDED)
         zeros = tl.zeros([DOWN_TILES_PADDED], tl.int32)
         tl.store(arrived + token * down_tiles + counters, zeros, mask=counters < down_tiles)
     expert = tl.load(experts + source).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
+    span = tl.cdiv(tl.cdiv(D, INNER), SPLITS) * INNER
+    begin = split * span
+    end = tl.minimum(begin + span, D)
     x_pointers = x + token.to(tl.int64) * x_stride + inner
-    gate_pointers = gate_up + expert * D * (2 * F) + inner[:, None] * (2 * F) + columns[None, :]
+    gate_pointers = gate_up + expert * D * (2 * F) + (begin + inner)[:, None] * (2 * F) + columns[None, :]
     # Products pile up elementwise, and the sum across threads is taken once, after the loop.
     gate = tl.zeros([INNER, COLUMNS], tl.float32)
     up = tl.zeros([INNER, COLUMNS], tl.float32)
-    for start in tl.range(0, D, INNER, num_stages=STAGES):
+    for start in tl.range(begin, end, INNER, num_stages=STAGES):
         if EVEN:
             vector = tl.load(x_pointers + start)
-            gate_weight = tl.load(gate_pointers)
-            up_weight = tl.load(gate_pointers + F)
+            gate_weight = tl.load(gate_pointers, eviction_policy="evict_first")
+            up_weight = tl.load(gate_pointers + F, eviction_policy="evict_first")
         else:
             vector = tl.load(x_pointers + start, mask=start + inner < D, other=0.0)
             present = (start + inner < D)[:, None] & (columns < F)[None, :]
@@ -405,14 +458,14 @@ def _decode_gate_up_kernel(
         gate += vector * gate_weight.to(tl.float32)
         up += vector * up_weight.to(tl.float32)
         gate_pointers += INNER * 2 * F
-    gate_sum = tl.sum(gate, 0)
-    activated = gate_sum / (1 + tl.exp(-gate_sum)) * tl.sum(up, 0)
-    tl.store(hidden + source * F + columns, activated.to(hidden.dtype.element_ty), mask=columns < F)
+    place = sums + (split * tl.num_programs(1) + source) * (2 * F) + columns
+    tl.store(place, tl.sum(gate, 0), mask=columns < F)
+    tl.store(place + F, tl.sum(up, 0), mask=columns < F)
 
 
 @triton.jit
 def _decode_down_kernel(
-    hidden,
+    sums,
     down,
     experts,
     weights,
@@ -424,31 +477,46 @@ def _decode_down_kernel(
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """partial[source] = hidden[source] · down; whichever of a token's k programs comes last adds them up, in slot order.
+    """partial[source] = silu(gate) · up · down; whichever of a token's k programs comes last adds them up, in slot order.
 
     So the grid is k times larger than the output asks for, and still neither a float atomic nor a third kernel is needed.
+    The experts were chosen before the kernel that this one follows, which lets it begin only then: a program's weights, all
+    of them, are on their way while gate and up are still worked out.
     """
+    let_next_begin(DEPENDENT)
     source = tl.program_id(1)
     token = source // TOP_K
     expert = tl.load(experts + source).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
-    hidden_pointers = hidden + source * F + inner
     weight_pointers = down + expert * F * D + inner[:, None] * D + columns[None, :]
-    total = tl.zeros([INNER, COLUMNS], tl.float32)
-    for start in tl.range(0, F, INNER, num_stages=STAGES):
+    held = ()
+    for chunk in tl.static_range(CHUNKS):
         if EVEN:
-            vector = tl.load(hidden_pointers + start)
-            weight = tl.load(weight_pointers)
+            tile = tl.load(weight_pointers + chunk * INNER * D, eviction_policy="evict_first")
         else:
-            vector = tl.load(hidden_pointers + start, mask=start + inner < F, other=0.0)
-            present = (start + inner < F)[:, None] & (columns < D)[None, :]
-            weight = tl.load(weight_pointers, mask=present, other=0.0)
-        total += vector.to(tl.float32)[:, None] * weight.to(tl.float32)
-        weight_pointers += INNER * D
+            present = (chunk * INNER + inner < F)[:, None] & (columns < D)[None, :]
+            tile = tl.load(weight_pointers + chunk * INNER * D, mask=present, other=0.0)
+        held += (tile,)  # type: ignore[assignment]
+    wait_for_previous(DEPENDENT)
+    kind: tl.constexpr = down.dtype.element_ty
+    total = tl.zeros([INNER, COLUMNS], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        row = chunk * INNER + inner
+        gate = tl.zeros([INNER], tl.float32)
+        up = tl.zeros([INNER], tl.float32)
+        for split in tl.static_range(SPLITS):
+            place = sums + (split * tl.num_programs(1) + source) * (2 * F) + row
+            gate += tl.load(place, mask=row < F, other=0.0)
+            up += tl.load(place + F, mask=row < F, other=0.0)
+        # Rounded, as the definition's activations are.
+        hidden = (gate / (1 + tl.exp(-gate)) * up).to(kind).to(tl.float32)
+        total += hidden[:, None] * held[chunk].to(tl.float32)
     tl.store(partial + source * D + columns, tl.sum(total, 0), mask=columns < D)
     # Every thread's part is stored before one thread announces the program; acquire and release order it for the reader.
     tl.debug_barrier()
@@ -456,10 +524,10 @@ def _decode_down_kernel(
     if before == TOP_K - 1:
         mixed = tl.zeros([COLUMNS], tl.float32)
         for slot in tl.static_range(TOP_K):
-            row = token * TOP_K + slot
+            chosen = token * TOP_K + slot
             # Past the first-level cache, which is not coherent with what other multiprocessors wrote.
-            part = tl.load(partial + row * D + columns, mask=columns < D, other=0.0, cache_modifier=".cg")
-            mixed += part * tl.load(weights + row).to(tl.float32)
+            part = tl.load(partial + chosen * D + columns, mask=columns < D, other=0.0, cache_modifier=".cg")
+            mixed += part * tl.load(weights + chosen)
         tl.store(out + token * D + columns, mixed.to(out.dtype.element_ty), mask=columns < D)
 
 
@@ -865,20 +933,46 @@ def prefill(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: 
     combine_rows(multiply_rows(hidden, down, rows, weights, False, plan), out)
 
 
-def decode(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, out: Tensor) -> None:
-    """Fills out [T, D] by matrix-vector products. Only kernels of fixed shape: a CUDA graph can hold it."""
-    (tokens, model), top_k, width = x.shape, experts.shape[1], down.shape[1]
+def decode_experts(
+    x: Tensor, logits: Tensor, top_k: int, normalise: bool, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """A few tokens x [T, D] through the experts that their router logits [T, E] choose → [T, D], by matrix-vector products.
+
+    Defined by `reference.routed_experts`. A token's result is the same whatever stands beside it. Only kernels of fixed
+    shape: a CUDA graph can hold it. The experts as in `moe_experts`, contiguous. No gradients.
+    """
+    (tokens, model), (num_experts, width, _) = x.shape, down.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     plan = plan_of(x, 1, 1)
     first, second = plan.decode_gate_up, plan.decode_down
+    chunks = triton.cdiv(width, second.inner)
     down_tiles = triton.cdiv(model, second.columns)
-    hidden = x.new_empty(tokens * top_k, width)
-    partial = torch.empty(tokens * top_k, model, dtype=torch.float32, device=x.device)
-    arrived = torch.empty(tokens, down_tiles, dtype=torch.int32, device=x.device)
-    _decode_gate_up_kernel[(triton.cdiv(width, first.columns), tokens * top_k)](
+    device = x.device
+    out = torch.empty(x.shape, dtype=x.dtype, device=device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
+    experts = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
+    sums = torch.empty(plan.decode_splits, tokens * top_k, 2 * width, dtype=torch.float32, device=device)
+    partial = torch.empty(tokens * top_k, model, dtype=torch.float32, device=device)
+    arrived = torch.empty(tokens, down_tiles, dtype=torch.int32, device=device)
+    dependent = dependent_launch(device)
+    _choose_kernel[(tokens,)](
+        logits,
+        weights,
+        experts,
+        logits.stride(0),
+        E=num_experts,
+        E_PADDED=padded(num_experts),
+        TOP_K=top_k,
+        NORMALISE=normalise,
+        num_warps=CHOOSE_WARPS,
+        **dependent,
+    )
+    _decode_gate_up_kernel[(triton.cdiv(width, first.columns), tokens * top_k, plan.decode_splits)](
         x,
         gate_up,
         experts,
-        hidden,
+        sums,
         arrived,
         x.stride(0),
         model,
@@ -887,13 +981,15 @@ def decode(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: T
         TOP_K=top_k,
         COLUMNS=first.columns,
         INNER=first.inner,
+        SPLITS=plan.decode_splits,
         EVEN=model % first.inner == 0 and width % first.columns == 0,
         DOWN_TILES_PADDED=padded(down_tiles),
         STAGES=first.stages,
         num_warps=first.warps,
+        **dependent,
     )
     _decode_down_kernel[(down_tiles, tokens * top_k)](
-        hidden,
+        sums,
         down,
         experts,
         weights,
@@ -905,10 +1001,13 @@ def decode(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: T
         TOP_K=top_k,
         COLUMNS=second.columns,
         INNER=second.inner,
+        CHUNKS=chunks,
+        SPLITS=plan.decode_splits,
         EVEN=width % second.inner == 0 and model % second.columns == 0,
-        STAGES=second.stages,
         num_warps=second.warps,
+        **dependent,
     )
+    return out
 
 
 def weight_gradient(
@@ -952,12 +1051,9 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(x, weights, experts, gate_up, down)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
-            if len(x) <= DECODE_TOKENS:
-                decode(x, weights, experts, gate_up, down, out)
-            else:
-                for begin in range(0, len(x), PREFILL_TOKENS):
-                    part = slice(begin, begin + PREFILL_TOKENS)
-                    prefill(x[part], weights[part], experts[part], gate_up, down, out[part])
+            for begin in range(0, len(x), PREFILL_TOKENS):
+                part = slice(begin, begin + PREFILL_TOKENS)
+                prefill(x[part], weights[part], experts[part], gate_up, down, out[part])
         return out
 
     @staticmethod
@@ -1176,15 +1272,24 @@ def compile_cases(capability: int) -> list[CompileCase]:
         case_of("route_backward", _route_backward_kernel, routing, four, {"gradient": "*fp32"}),
     ]
     plan = plan_for(capability, 2)
-    decoding = {"TOP_K": top_k, "EVEN": True}
+    overlapping = {"DEPENDENT": capability >= 90}
+    choosing = {**bins, "TOP_K": top_k, "NORMALISE": True, **overlapping}
+    chosen = {"experts": "*i32", "sums": "*fp32"}
+    cases.append(case_of("choose", _choose_kernel, choosing, {"num_warps": CHOOSE_WARPS}, chosen))
+    decoding = {"TOP_K": top_k, "EVEN": True, "SPLITS": plan.decode_splits, **overlapping}
     for name, kernel, tile in (
         ("decode_gate_up", _decode_gate_up_kernel, plan.decode_gate_up),
         ("decode_down", _decode_down_kernel, plan.decode_down),
     ):
-        constants = {**decoding, "COLUMNS": tile.columns, "INNER": tile.inner, "STAGES": tile.stages}
+        constants = {**decoding, "COLUMNS": tile.columns, "INNER": tile.inner}
         if kernel is _decode_gate_up_kernel:
-            constants["DOWN_TILES_PADDED"] = padded(model // plan.decode_down.columns)
-        cases.append(case_of(name, kernel, constants, {"num_warps": tile.warps}))
+            constants |= {
+                "DOWN_TILES_PADDED": padded(model // plan.decode_down.columns),
+                "STAGES": tile.stages,
+            }
+        else:
+            constants["CHUNKS"] = width // tile.inner
+        cases.append(case_of(name, kernel, constants, {"num_warps": tile.warps}, chosen))
     for label, crowded in (("crowded", True), ("few", False)):
         plan = plan_for(capability, 2, crowded)
         tile = plan.gate_up

@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.device import device_capability, device_processors
+from keyecli.kernels.device import (
+    dependent_launch,
+    device_capability,
+    device_processors,
+    let_next_begin,
+    wait_for_previous,
+)
+from keyecli.kernels.reference import Branches
 
 # Scores are stored in whole tiles, so a row of the output is padded to a multiple of this, and so of every tile of keys.
 ROW_PADDING = 256
@@ -270,25 +277,33 @@ def _scores(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "S", "offset", "segment_batch"])
+@triton.jit(do_not_specialize=["T", "S", "offset", "shared", "room", "segment_batch"])
 def _scores_few(
     q, w, k, q_scale, k_scale, segments, positions, out,
-    T, S, offset, factor,
+    T, S, offset, shared, room, factor,
     q_batch, q_row, q_head, w_batch, w_row, w_head, q_scale_batch, q_scale_row, q_scale_head,
     k_batch, k_row, k_scale_batch, segment_batch, out_batch, out_row,
     J: tl.constexpr, J_PADDED: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, TILE_K: tl.constexpr,
     DECODE: tl.constexpr,
     MASKED: tl.constexpr, SEGMENTED: tl.constexpr, SCALED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SETTLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a single query, its heads side by side, against one tile of keys: bound by reading the keys.
+    """Scores of a single query, its heads side by side, against one tile of keys: bound by reading the keys. Keys from
+    `shared` on stand `room` rows further for each batch row. SETTLED: the keys before the first query and the positions are
+    there already, so that the keys are on their way while the queries are still made.
 
     Grid: tiles of keys, queries, batch rows.
     """
+    let_next_begin(DEPENDENT)
+    if not SETTLED:
+        wait_for_previous(DEPENDENT)
     row = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     position = first_position(positions, offset, batch, ON_DEVICE) + row
     start = tl.program_id(0) * TILE_K
     if MASKED and start > position:
+        if SETTLED:
+            wait_for_previous(DEPENDENT)
         return
     q += batch * q_batch + row.to(tl.int64) * q_row
     w += batch * w_batch + row.to(tl.int64) * w_row
@@ -303,10 +318,15 @@ def _scores_few(
     local = tl.arange(0, TILE_K)
     real = heads < J
     inside = real[:, None] & (columns < E)[None, :]
+    further = tl.where(start + local < shared, 0, tl.program_id(2) * room)
+    k_offsets = (local + further)[:, None].to(tl.int64) * k_row + columns[None, :]
+    keys = load_keys(k, k_offsets, local, start, k_row, S, E, E_PADDED, DECODE)
+    if SETTLED:
+        wait_for_previous(DEPENDENT)
+        if start + TILE_K > position - row:
+            keys = load_keys(k, k_offsets, local, start, k_row, S, E, E_PADDED, DECODE)
     queries = load_head(q, heads[:, None] * q_head + columns[None, :], inside, DECODE)
     gates = load_gates(w, heads * w_head, q_scale, heads * q_scale_head, real, SCALED)
-    k_offsets = local[:, None] * k_row + columns[None, :]
-    keys = load_keys(k, k_offsets, local, start, k_row, S, E, E_PADDED, DECODE)
     product = tl.dot(keys, tl.trans(queries), input_precision="ieee")
     score = tl.sum((product + tl.abs(product)) * gates[None, :], 1)
     if SCALED:
@@ -409,15 +429,20 @@ def score_into(
     positions: Tensor | None = None,
     offset: int = 0,
     masked: bool = True,
+    branches: Branches | None = None,
+    settled: bool = False,
 ) -> None:
     """Write scores into `out`, fp32 [B, T, at least S rounded up to ROW_PADDING], last dimension contiguous.
 
     The first query stands at `offset`, plus positions[b] (int [B], on the device) where given. With `masked` a key in sight
     of its query by neither position nor segment gets the bits of `HIDDEN_BITS`, and what lies a whole tile or more behind
-    the query is left as it was. Without, every score is written.
+    the query is left as it was. Without, every score is written. With `branches`, for up to `FEW_QUERIES` queries, k is
+    [1, rows, e] and every batch row one of them; `settled` as in `selection.select_keys`.
     """
     batch, queries, heads, dim = q.shape
-    keys = k.shape[1]
+    keys = k.shape[1] if branches is None else branches.length
+    if branches is not None and (queries > FEW_QUERIES or k_scale is not None):
+        raise ValueError(f"branches are scored for {FEW_QUERIES} queries at most, and not in FP8")
     device = q.device
     capability = device_capability(device)
     fp8 = q.dtype == torch.float8_e4m3fn
@@ -462,7 +487,8 @@ def score_into(
         *q.stride()[:3],
         *w.stride(),
         *q_strides,
-        *k.stride()[:2],
+        0 if branches else k.stride(0),
+        k.stride(1),
         0 if k_scale is None else k_scale.stride(0),
         0 if segments is None else segments.stride(0),
         *out.stride()[:2],
@@ -472,8 +498,10 @@ def score_into(
         tile = 64 if capability == 0 else 128
         grid = (triton.cdiv(keys, tile), queries, batch)
         _scores_few[grid](
-            *tensors, queries, keys, offset, factor, *strides,
-            J_PADDED=max(16, triton.next_power_of_2(heads)), TILE_K=tile, **flags, num_warps=4,
+            *tensors, queries, keys, offset, *((keys, 0) if branches is None else (branches.shared, branches.room)),
+            factor, *strides,
+            J_PADDED=max(16, triton.next_power_of_2(heads)), TILE_K=tile, SETTLED=settled, **flags, num_warps=8,
+            **dependent_launch(device),
         )  # fmt: skip
         return
     if capability == 90:
@@ -535,7 +563,7 @@ def _score_case(
         "SCALED": scaled, "ON_DEVICE": few,
     }  # fmt: skip
     if few:
-        constants |= {"J_PADDED": 16, "TILE_K": 128}
+        constants |= {"J_PADDED": 16, "TILE_K": 128, "SETTLED": True, "DEPENDENT": capability >= 90}
     else:
         constants |= {
             "TILE_Q": tiles.queries, "TILE_K": tiles.keys, "STAGES": tiles.stages, "RESIDENT": tiles.resident,
@@ -553,7 +581,7 @@ def _score_case(
         kernel,
         signature,
         constants,
-        num_warps=4 if few else tiles.warps,
+        num_warps=8 if few else tiles.warps,
         num_stages=2,
         divisible_by_16=(*pointers, *strides),
     )

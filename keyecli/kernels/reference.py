@@ -330,6 +330,35 @@ def frame_attention(
 
 
 @dataclass(frozen=True)
+class Branches:
+    """`count` sequences that share their first `shared` tokens, in buffers of batch 1 and without a copy of what they share.
+
+    Token s of branch b stands in row s where s < shared and in row s + b · room behind: each branch has `room` rows of its
+    own. Branch 0 alone is an ordinary sequence.
+    """
+
+    shared: int
+    room: int
+    count: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a buffer that holds them all."""
+        return self.shared + self.count * self.room
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a branch can have."""
+        return self.shared + self.room
+
+    def unfolded(self, buffer: Tensor) -> Tensor:
+        """buffer [1, rows or more, …] → the branches one by one, [count, length, …], a copy."""
+        token = torch.arange(self.length, device=buffer.device)
+        branch = torch.arange(self.count, device=buffer.device)[:, None]
+        return buffer[0, torch.where(token < self.shared, token, token + branch * self.room)]
+
+
+@dataclass(frozen=True)
 class StepShape:
     """Heads and norms of a decoder layer whose projections are one matrix; names as at the top of this file."""
 
@@ -349,6 +378,21 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def token_tables(
+    positions: Tensor, frequencies: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotary tables of one text token of B sequences, whose position is the same on all axes: int [B].
+
+    frequencies: fp32 [d/2] of the heads and [e/2] of the indexer. Returns cosines and sines [B, 1, d] of the heads and [B, 1, e]
+    of the indexer, worked out in fp32.
+    """
+    tables = []
+    for part in frequencies:
+        angles = (positions.float()[:, None] * part).repeat(1, 2)[:, None]
+        tables += [angles.cos().to(dtype), angles.sin().to(dtype)]
+    return tables[0], tables[1], tables[2], tables[3]
+
+
 def place_projections(
     projected: Tensor,
     tables: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -356,14 +400,15 @@ def place_projections(
     norms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     caches: tuple[Tensor, Tensor, Tensor],
     shape: StepShape,
+    branches: Branches | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """T new tokens of B sequences after their joint projection: norms, rotary, and the caches written.
 
     projected: [B, T, (H + 2G) · d + J · e + J + e], q, k, v, the indexer's queries, its gates, its key. tables: cos and sin
     [B, T, d] of the heads, cos and sin [B, T, e] of the indexer, the first half of a row equal to its second. lengths: int [B],
     where each sequence's first new token belongs. norms: weights of q and k [d], of the indexer's queries [e], weight and bias
-    of its key [e]. caches: k and v [B, S, G, d], indexer keys [B, S, e]. Returns q [B, T, H, d], indexer queries [B, T, J, e]
-    and gates [B, T, J].
+    of its key [e]. caches: k and v [B, S, G, d], indexer keys [B, S, e]; with `branches` those of batch 1. Returns
+    q [B, T, H, d], indexer queries [B, T, J, e] and gates [B, T, J].
     """
     heads, groups, dim = shape.heads, shape.groups, shape.dim
     index_heads, index_dim = shape.index_heads, shape.index_dim
@@ -382,6 +427,9 @@ def place_projections(
     normed = F.layer_norm(ik.float(), (index_dim,), ik_weight.float(), ik_bias.float(), shape.index_eps)
     rows = torch.arange(len(projected), device=projected.device)[:, None]
     places = lengths.long()[:, None] + torch.arange(projected.shape[1], device=projected.device)
+    if branches is not None:
+        places = torch.where(places < branches.shared, places, places + rows * branches.room)
+        rows = torch.zeros_like(rows)
     k_cache, v_cache, ik_cache = caches
     k_cache[rows, places] = rotated(k, cos, sin)
     v_cache[rows, places] = v.unflatten(-1, (groups, dim))
@@ -397,6 +445,13 @@ def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, experts
+
+
+def routed_experts(
+    x: Tensor, logits: Tensor, top_k: int, normalise: bool, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`moe_experts` of x [T, D] for what `route` makes of its router logits [T, E]; returns [T, D]."""
+    return moe_experts(x, *route(logits, top_k, normalise), gate_up, down)
 
 
 def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

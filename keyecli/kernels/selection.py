@@ -13,6 +13,7 @@ Reading the scores once bounds it: 4 bytes a key, where a radix sort reads them 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.device import device_capability, device_processors
+from keyecli.kernels.device import (
+    dependent_launch,
+    device_capability,
+    device_processors,
+    let_next_begin,
+    wait_for_previous,
+)
 from keyecli.kernels.indexer import (
     HIDDEN_BITS,
     first_position,
@@ -30,6 +37,7 @@ from keyecli.kernels.indexer import (
     score_into,
     visible_pairs,
 )
+from keyecli.kernels.reference import Branches
 
 # Scores and candidates of one chunk of queries together: enough for 1024 queries of 131072 keys.
 WORKSPACE_BYTES = 640 * 2**20
@@ -53,7 +61,7 @@ class SelectionPlan:
     each, so many that about 128 of the keys should exceed it. splits: programs that share a row; each works the sample out
     again, which takes no longer and saves a launch. block: scores that a program goes through at once, collect_warps: its
     warps. early: so few programs that each has a processor to itself; it asks for its first scores before it has a threshold,
-    and may use as many registers as it likes. held: scores that a thread of `_finish` holds. registers: the most that a thread
+    and may use as many registers as it likes. registers: the most that a thread
     may use where programs share a processor, a few spilled values included. recount: scores read at once when a row has to be
     searched again.
     """
@@ -64,7 +72,6 @@ class SelectionPlan:
     block: int
     collect_warps: int
     early: bool
-    held: int
     registers: int
     recount: int
 
@@ -77,7 +84,8 @@ class SelectionPlan:
         return min(self.capacity, max(512, triton.next_power_of_2(keys)))
 
     def finish_warps(self, keys: int) -> int:
-        return max(4, min(32, self.slots(keys) // (32 * self.held)))
+        # A thread holds 32 scores: with more threads, what they tell each other takes longer than it saves.
+        return max(4, self.slots(keys) // 1024)
 
     @property
     def finish_registers(self) -> int | None:
@@ -92,7 +100,8 @@ def selection_plan(capability: int, rows: int, keys: int, top_k: int, processors
     """Sizes by compute capability (0: the interpreter)."""
     interpreted = capability == 0
     capacity = max(2 * LINE.value if interpreted else 4096, triton.next_power_of_2(4 * top_k))
-    sample = triton.next_power_of_2(triton.cdiv(64 * keys, capacity))
+    # The nearest power of two, so that one key more than a round number does not double it.
+    sample = 1 << round(math.log2(max(1.0, 64 * keys / capacity)))
     sample = max(128, min(LARGEST_SAMPLE, sample)) if not interpreted else min(64, sample)
     # A thread holds 32 scores, of the sample or of a block.
     warps = 4 if sample <= 1024 else 8
@@ -101,6 +110,9 @@ def selection_plan(capability: int, rows: int, keys: int, top_k: int, processors
     wanted = max(1, min(MOST_SPLITS, 32 * processors // (warps * rows), triton.cdiv(keys, block)))
     splits = 1 << (wanted.bit_length() - 1)
     early = rows * splits <= processors
+    if early:
+        # A search among fewer costs a little certainty and saves a tenth of a row's time.
+        sample = min(sample, LARGEST_SAMPLE // 2)
     return SelectionPlan(
         capacity=capacity,
         sample=sample,
@@ -109,7 +121,6 @@ def selection_plan(capability: int, rows: int, keys: int, top_k: int, processors
         # Alone on a processor, a program is faster the less each of its threads does, down to the code that it has to load.
         collect_warps=2 * warps if early else warps,
         early=early,
-        held=16 if early else 32,
         registers=64,
         recount=256 if interpreted else 2048,
     )
@@ -408,13 +419,15 @@ def list_kept(candidates, scores, kept, start, found, CAPACITY: tl.constexpr):
 def _collect(
     scores, thresholds, counts, candidates, positions, T, S, K, offset, score_batch, score_row,
     CAPACITY: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """List the keys of a row that reach its threshold, in order, with their scores; where the threshold is crowded only the
     first K of those equal to it. Grid: B · T · SPLITS, a split taking whole blocks.
 
     candidates: [B · T, SPLITS, 2, CAPACITY], each list filled up to a whole line with hidden scores. counts: [B · T, SPLITS].
     """
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     length = seen_length(row, T, S, positions, offset, ON_DEVICE)
@@ -603,10 +616,12 @@ def _finish(
     scores, thresholds, counts, candidates, positions, out, T, S, K, offset, score_batch, score_row,
     out_batch, out_row,
     CAPACITY: tl.constexpr, SPLITS: tl.constexpr, COLLECTED: tl.constexpr, RECOUNT: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The K best of a row's candidates as an ascending list, −1 behind them; of its scores where they are no more than
     CAPACITY, as without COLLECTED they always are. Grid: B · T."""
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0)
     length = seen_length(row, T, S, positions, offset, ON_DEVICE)
     scores = row_scores(scores, row, T, score_batch, score_row)
@@ -641,9 +656,11 @@ def _finish(
 @triton.jit(do_not_specialize=["T", "S", "K", "offset", "segment_batch", "out_batch", "out_row"])
 def _list_visible(
     segments, positions, out, T, S, K, offset, segment_batch, out_batch, out_row,
-    BLOCK: tl.constexpr, SEGMENTED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENTED: tl.constexpr, ON_DEVICE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Every visible key of a row, for when no row can have more than are selected: no scores needed. Grid: B · T."""
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0)
     position = first_position(positions, offset, row // T, ON_DEVICE) + row % T
     segments += (row // T).to(tl.int64) * segment_batch
@@ -697,13 +714,13 @@ def select_scored(
             scores, thresholds, counts, candidates, place, queries, keys, top_k, offset, *strides,
             CAPACITY=plan.capacity, SAMPLE=plan.sample, BLOCK=plan.block, SPLITS=plan.splits, EARLY=plan.early,
             ON_DEVICE=positions is not None, ASSEMBLY=capability > 0, num_warps=plan.collect_warps,
-            maxnreg=plan.collect_registers,
+            maxnreg=plan.collect_registers, **dependent_launch(device),
         )  # fmt: skip
     _finish[(rows,)](
         scores, thresholds, counts, candidates, place, out, queries, keys, top_k, offset, *strides, *out.stride()[:2],
         CAPACITY=plan.slots(keys), SPLITS=plan.splits if collected else 1, COLLECTED=collected, RECOUNT=plan.recount,
         ON_DEVICE=positions is not None, ASSEMBLY=capability > 0, num_warps=plan.finish_warps(keys),
-        maxnreg=plan.finish_registers,
+        maxnreg=plan.finish_registers, **dependent_launch(device),
     )  # fmt: skip
     return out
 
@@ -741,17 +758,22 @@ def select_keys(
     first_query: int | Tensor | None = None,
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
+    branches: Branches | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """The keys that every query attends to, defined by `reference.select_keys`; differs from it only by the order in which the
     scores are summed. Queries of up to `indexer.FEW_QUERIES` are summed in another order than more.
 
     q: [B, T, J, e]; w: [B, T, J]; k: [B, S, e] (bf16, fp16, fp32, or float8_e4m3fn with q_scale [B, T, J] and k_scale [B, S]).
     k may be the filled part of a longer buffer, or with `first_query` on the device (int [B], each batch row's own position)
-    the whole buffer: nothing behind a query can reach its list. segments: int [B, S or more]. Returns int32
-    [B, T, min(top_k, S)]: ascending, −1 behind the last. Takes no gradient. Scores of visible keys must not be NaN.
+    the whole buffer: nothing behind a query can reach its list. With `branches` k is [1, rows, e] and every batch row of a few
+    queries is one of them, its keys counted as its tokens are. settled: all keys before the first query have stood there for
+    longer than the kernel before this one runs, so that a few queries may read them at once. segments: int [B, S or more].
+    Returns int32 [B, T, min(top_k, S)]: ascending, −1 behind the last. Takes no gradient. Scores of visible keys must not be
+    NaN.
     """
     batch, queries = q.shape[:2]
-    keys = k.shape[1]
+    keys = k.shape[1] if branches is None else branches.length
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
     positions = first_query if isinstance(first_query, Tensor) else None
@@ -767,11 +789,14 @@ def select_keys(
             out if segments is None else segments, out if positions is None else positions, out,
             queries, keys, keys, first, 0 if segments is None else segments.stride(0), *out.stride()[:2],
             BLOCK=64 if capability == 0 else 1024, SEGMENTED=segments is not None,
-            ON_DEVICE=positions is not None, num_warps=4,
+            ON_DEVICE=positions is not None, num_warps=4, **dependent_launch(q.device),
         )  # fmt: skip
         return out
     processors = device_processors(q.device)
     batch_chunk, query_chunk = queries_a_chunk(batch, queries, keys, top_k, capability, processors)
+    if branches is not None:
+        # A branch is known by its number in a launch, and the scores of a few queries fit at once.
+        batch_chunk = batch
     scores = torch.empty(
         (batch_chunk, query_chunk, padded_length(keys)), dtype=torch.float32, device=q.device
     )
@@ -786,12 +811,14 @@ def select_keys(
                 chunk,
                 q[rows, part],
                 w[rows, part],
-                k[rows],
+                k if branches else k[rows],
                 q_scale=None if q_scale is None else q_scale[rows, part],
                 k_scale=None if k_scale is None else k_scale[rows],
                 segments=None if segments is None else segments[rows],
                 positions=starts,
                 offset=first + begin,
+                branches=branches,
+                settled=settled,
             )
             select_scored(chunk[:, :, :keys], top_k, starts, first + begin, lists)
     return out
@@ -815,11 +842,12 @@ def compile_cases(capability: int) -> list[CompileCase]:
         sizes = {
             "CAPACITY": plan.slots(keys), "SAMPLE": plan.sample, "BLOCK": plan.block, "SPLITS": plan.splits if collected else 1,
             "EARLY": plan.early, "RECOUNT": plan.recount, "COLLECTED": collected, "ON_DEVICE": rows == 1, "ASSEMBLY": True,
+            "DEPENDENT": capability >= 90,
         }  # fmt: skip
         if collected:
             cases.append(_case(f"collect, {name}", _collect, pointers, sizes, plan.collect_warps))
         cases.append(_case(f"finish, {name}", _finish, pointers, sizes, plan.finish_warps(keys)))
-    listing = {"BLOCK": 1024, "SEGMENTED": True, "ON_DEVICE": False}
+    listing = {"BLOCK": 1024, "SEGMENTED": True, "ON_DEVICE": False, "DEPENDENT": capability >= 90}
     return [*cases, _case("list_visible", _list_visible, pointers, listing, 4)]
 
 

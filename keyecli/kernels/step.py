@@ -19,18 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.reference import StepShape
+from keyecli.kernels.device import dependent_launch, let_next_begin, wait_for_previous
+from keyecli.kernels.reference import Branches, StepShape
 
 
 @triton.jit
 def _add_norm_kernel(
-    x, delta, weight, normed, x_row, delta_row, D, eps, ADD: tl.constexpr, D_PADDED: tl.constexpr
-):
+    x, delta, weight, normed, x_row, delta_row, D, eps,
+    ADD: tl.constexpr, D_PADDED: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """x += delta, normed = x / rms(x) · weight, one row a program. ADD false: there is no delta."""
+    let_next_begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D_PADDED)
     inside = columns < D
     kind = x.dtype.element_ty
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(DEPENDENT)
     value = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(delta + row * delta_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -38,7 +43,6 @@ def _add_norm_kernel(
         value = value.to(kind).to(tl.float32)
         tl.store(x + row * x_row + columns, value.to(kind), mask=inside)
     scale = 1 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * D + columns, (value * scale * gain).to(kind), mask=inside)
 
 
@@ -58,23 +62,26 @@ def _head(source, START, HALF: tl.constexpr, columns, inside):
     return first, second
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "shared", "room"])
 def _place_kernel(
     projected, cos, sin, index_cos, index_sin, lengths, T, q_weight, k_weight, iq_weight, ik_weight, ik_bias,
-    q, k_cache, v_cache, iq, gates, ik_cache, projected_row,
+    q, k_cache, v_cache, iq, gates, ik_cache, shared, room, projected_row,
     k_batch, k_token, v_batch, v_token, ik_batch, ik_token, eps, index_eps,
     H: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, J: tl.constexpr, J_PADDED: tl.constexpr,
-    INDEX_DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
+    INDEX_DIM: tl.constexpr, HALF_PADDED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One head of one token a program: the query heads, the key/value heads, the indexer's queries, its key with its gates.
 
     Heads run side by side: they lie beside each other, and a GPU takes few programs along its second axis.
     """
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     parts: tl.constexpr = H + G + J + 1
     part = tl.program_id(0) % parts
     token = (tl.program_id(0) // parts).to(tl.int64)
     sequence = token // T
     place = tl.load(lengths + sequence).to(tl.int64) + token % T
+    place += tl.where(place < shared, 0, sequence * room)
     row = projected + token * projected_row
     kind: tl.constexpr = projected.dtype.element_ty
     half: tl.constexpr = DIM // 2
@@ -146,6 +153,43 @@ def _place_kernel(
         tl.store(target + index_half + columns, high, mask=inside)
 
 
+@triton.jit
+def _tables_kernel(
+    positions, frequencies, cos, sin, HALF, HALF_PADDED: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    """Cosines and sines of one token a program, each half of a row the same."""
+    let_next_begin(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, HALF_PADDED)
+    inside = columns < HALF
+    angles = tl.load(positions + token).to(tl.float32) * tl.load(
+        frequencies + columns, mask=inside, other=0.0
+    )
+    cosine = tl.cos(angles).to(cos.dtype.element_ty)
+    sine = tl.sin(angles).to(sin.dtype.element_ty)
+    place = token * 2 * HALF + columns
+    tl.store(cos + place, cosine, mask=inside)
+    tl.store(cos + HALF + place, cosine, mask=inside)
+    tl.store(sin + place, sine, mask=inside)
+    tl.store(sin + HALF + place, sine, mask=inside)
+
+
+def token_tables(
+    positions: Tensor, frequencies: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.token_tables`, where a dozen small kernels would do the work of two."""
+    tables = []
+    for part in frequencies:
+        cos, sin = torch.empty(2, len(positions), 1, 2 * len(part), dtype=dtype, device=positions.device)
+        _tables_kernel[(len(positions),)](
+            positions, part, cos, sin, len(part), HALF_PADDED=triton.next_power_of_2(len(part)), num_warps=1,
+            **dependent_launch(positions.device),
+        )  # fmt: skip
+        tables += [cos, sin]
+    return tables[0], tables[1], tables[2], tables[3]
+
+
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """`reference.add_norm`: x [B, D], contiguous rows, becomes x + delta; returns its root-mean-square norm [B, D]."""
     rows, width = x.shape
@@ -153,6 +197,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
     _add_norm_kernel[(rows,)](
         x, x if delta is None else delta, weight, normed, x.stride(0), 0 if delta is None else delta.stride(0),
         width, eps, ADD=delta is not None, D_PADDED=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4,
+        **dependent_launch(x.device),
     )  # fmt: skip
     return normed
 
@@ -164,6 +209,7 @@ def place_projections(
     norms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     caches: tuple[Tensor, Tensor, Tensor],
     shape: StepShape,
+    branches: Branches | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.place_projections`; one kernel, no copies, nothing that a CUDA graph cannot hold."""
     k_cache, v_cache, ik_cache = caches
@@ -174,11 +220,15 @@ def place_projections(
     iq = torch.empty((batch, tokens, shape.index_heads, shape.index_dim), dtype=kind, device=device)
     gates = torch.empty((batch, tokens, shape.index_heads), dtype=kind, device=device)
     parts = shape.heads + shape.groups + shape.index_heads + 1
+    # Branches share the buffers, so that only their rows tell them apart.
+    shared, room = (k_cache.shape[1], 0) if branches is None else (branches.shared, branches.room)
+    strides = [0 if branches and axis == 0 else cache.stride(axis) for cache in caches for axis in (0, 1)]
     _place_kernel[(parts * batch * tokens,)](
         rows, *(table.contiguous() for table in tables), lengths, tokens, *norms, q, k_cache, v_cache, iq, gates, ik_cache,
-        rows.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2], *ik_cache.stride()[:2], shape.eps, shape.index_eps,
+        shared, room, rows.stride(0), *strides, shape.eps, shape.index_eps,
         H=shape.heads, G=shape.groups, DIM=shape.dim, J=shape.index_heads, J_PADDED=triton.next_power_of_2(shape.index_heads),
         INDEX_DIM=shape.index_dim, HALF_PADDED=triton.next_power_of_2(max(shape.dim, shape.index_dim) // 2), num_warps=1,
+        **dependent_launch(device),
     )  # fmt: skip
     return q, iq, gates
 
@@ -193,7 +243,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         "x_row": "i32",
         "delta_row": "i32",
     }
-    norm |= {"D": "i32", "eps": "fp32", "ADD": "constexpr", "D_PADDED": "constexpr"}
+    norm |= {"D": "i32", "eps": "fp32", "ADD": "constexpr", "D_PADDED": "constexpr", "DEPENDENT": "constexpr"}
     sizes: dict[str, Any] = {
         "H": 32,
         "G": 4,
@@ -202,6 +252,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         "J_PADDED": 16,
         "INDEX_DIM": 64,
         "HALF_PADDED": 64,
+        "DEPENDENT": capability >= 90,
     }
     place = {}
     for name in _place_kernel.arg_names:
@@ -212,11 +263,17 @@ def compile_cases(capability: int) -> list[CompileCase]:
         elif name.endswith(("_batch", "_token", "_row")):
             place[name] = "i64"
         else:
-            place[name] = {"lengths": "*i32", "T": "i32"}.get(name, "*bf16")
+            place[name] = {"lengths": "*i32", "T": "i32", "shared": "i32", "room": "i32"}.get(name, "*bf16")
     aligned = tuple(name for name, kind in place.items() if kind.startswith("*") or kind == "i64")
+    tables = {"positions": "*i64", "frequencies": "*fp32", "cos": "*bf16", "sin": "*bf16", "HALF": "i32"}
+    turning: dict[str, Any] = {"HALF_PADDED": 64, "DEPENDENT": capability >= 90}
     return [
         CompileCase(
-            "add and norm", _add_norm_kernel, norm, {"ADD": True, "D_PADDED": 2048}, 8, 2,
+            "tables", _tables_kernel, tables | dict.fromkeys(turning, "constexpr"), turning, 1, 2, (*tables,)
+        ),
+        CompileCase(
+            "add and norm", _add_norm_kernel, norm,
+            {"ADD": True, "D_PADDED": 2048, "DEPENDENT": capability >= 90}, 8, 2,
             ("x", "delta", "weight", "normed", "x_row", "delta_row", "D"),
         ),
         CompileCase("place projections", _place_kernel, place, sizes, 1, 2, aligned),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keyecli.kernels import dispatch, reference
+from keyecli.kernels.quantized_weights import QuantizedMatrix
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.indexer import NORM_EPS, LightningIndexer, RMSNorm
+from keyecli.model.quantize import QuantizedLinear, join_matrices, join_views
 from keyecli.model.rope import rotate_half_split
 
 AttentionMode = Literal["sparse", "dense"]
@@ -71,6 +73,7 @@ class SparseAttention(nn.Module):
         self.observer: AttentionObserver | None = None
         self.backend: dispatch.Backend | None = None
         self._joint: Tensor | None = None
+        self._heads: QuantizedMatrix | None = None
         sparse = config.sa_config or {"topk": 0, "q_chunk_size": 512}
         self.top_k: int = sparse["topk"]
         self.query_chunk: int = sparse["q_chunk_size"]
@@ -87,31 +90,33 @@ class SparseAttention(nn.Module):
             )
 
     def can_join(self) -> bool:
-        """Whether `joint_projection` can be made: an indexer, no biases, and no adapter on any of the projections."""
+        """Whether `projected` is possible: an indexer, no biases, and no adapter on any of the projections."""
         return self.sa_indexer is not None and all(
-            type(linear) is nn.Linear and linear.bias is None for linear in self._projections()
+            type(linear) in (nn.Linear, QuantizedLinear) and linear.bias is None
+            for linear in self._projections()
         )
 
     def joint_projection(self) -> Tensor:
-        """The weights of q, k, v and the indexer's two projections one below the other, [W, D].
+        """The weights of q, k, v and the indexer's two projections one below the other, [W, D]; of the indexer's alone where q, k
+        and v are quantised.
 
-        Joined once: the five parameters then are views of the result, so nothing is held twice. Whoever gives a parameter
-        another storage gets a new one the next time.
+        Joined once: the parameters then are views of the result, so nothing is held twice. Whoever gives a parameter another
+        storage gets a new one the next time.
         """
-        linears = self._projections()
-        place = 0 if self._joint is None else self._joint.data_ptr()
-        for linear in linears:
-            if self._joint is None or linear.weight.data_ptr() != place:
-                break
-            place += linear.weight.nbytes
-        else:
-            assert self._joint is not None
-            return self._joint
-        self._joint = torch.cat([linear.weight.detach() for linear in linears])
-        parts = self._joint.split([len(linear.weight) for linear in linears])
-        for linear, part in zip(linears, parts, strict=True):
-            linear.weight.data = part
+        dense = [linear.weight for linear in self._projections() if type(linear) is nn.Linear]
+        self._joint = join_views(dense, self._joint)
         return self._joint
+
+    def projected(self, x: Tensor) -> Tensor:
+        """x [B, T, D] → q, k, v and the indexer's two projections side by side, [B, T, W], by the kernels."""
+        joint = self.joint_projection()
+        if isinstance(self.q_proj, QuantizedLinear):
+            self._heads = join_matrices(self._projections()[:3], self._heads)
+            return dispatch.quantized_linear(x, self._heads, joint, "triton")
+        # New tokens of several sequences, side by side, must not change each other's bits.
+        if x.shape[1] == 1 and len(x) <= dispatch.DECODE_TOKENS:
+            return dispatch.linear(x[:, 0], joint, backend="triton")[:, None]
+        return F.linear(x, joint)
 
     def place(
         self,
@@ -119,11 +124,13 @@ class SparseAttention(nn.Module):
         tables: tuple[Tensor, Tensor, Tensor, Tensor],
         lengths: Tensor,
         cache: KeyeCache,
+        branches: reference.Branches | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project T new tokens of each sequence together and write their keys and values into the cache, by the kernels.
 
-        x: [B, T, D]; tables: see `TextDecoder.rotary_tables`; lengths: int [B] on the device, how many tokens each sequence
-        holds. Returns q [B, T, H, d], the indexer's queries [B, T, J, e] and gates [B, T, J].
+        x: [B, T, D]; tables: cosines and sines of the heads [B, T, d] and of the indexer [B, T, e]; lengths: int [B] on the
+        device, how many tokens each sequence holds; branches: where each keeps its own, with T = 1. Returns q [B, T, H, d], the
+        indexer's queries [B, T, J, e] and gates [B, T, J].
         """
         indexer = self.sa_indexer
         assert indexer is not None
@@ -132,11 +139,11 @@ class SparseAttention(nn.Module):
             self.q_norm.weight, self.k_norm.weight, indexer.q_norm.weight, indexer.k_norm.weight, indexer.k_norm.bias
         )  # fmt: skip
         return dispatch.place_projections(
-            F.linear(x, self.joint_projection()), tables, lengths, norms,
-            (cache.k[self.layer], cache.v[self.layer], cache.index_k[self.layer]), self._shape, "triton",
+            self.projected(x), tables, lengths, norms,
+            (cache.k[self.layer], cache.v[self.layer], cache.index_k[self.layer]), self._shape, "triton", branches,
         )  # fmt: skip
 
-    def _projections(self) -> tuple[nn.Linear, ...]:
+    def _projections(self) -> tuple[Any, ...]:
         assert self.sa_indexer is not None
         return self.q_proj, self.k_proj, self.v_proj, self.sa_indexer.q_proj, self.sa_indexer.k_proj
 

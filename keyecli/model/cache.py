@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from keyecli.kernels.reference import Branches
 from keyecli.model.config import KeyeVL2Config
 
 
@@ -60,6 +61,19 @@ class KeyeCache:
     def advance(self, tokens: int) -> None:
         """Count `tokens` appended tokens as filled."""
         self.length += tokens
+
+    def copy_to_branch(self, branches: Branches, branch: int, length: int) -> None:
+        """Give `branch` what branch 0 holds behind the shared tokens, up to its token `length`; ValueError without room for it."""
+        if not (0 <= branch < branches.count and length - branches.shared <= branches.room):
+            raise ValueError(f"branch {branch} of {branches} has no room for {length} tokens")
+        if branches.rows > self.capacity or self.k.shape[1] != 1:
+            raise ValueError(f"{branches} do not fit a cache of {self.capacity} tokens")
+        own = slice(branches.shared, length)
+        moved = slice(branches.shared + branch * branches.room, length + branch * branches.room)
+        if branch:
+            for rows in (self.k, self.v, self.index_k):
+                if rows is not None:
+                    rows[:, :, moved] = rows[:, :, own]
 
     def truncate(self, length: int) -> None:
         """Forget everything from `length` on."""

@@ -12,7 +12,7 @@ from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.indexer import RMSNorm
 from keyecli.model.moe import feed_forward
-from keyecli.model.rope import mrope_tables, scale_sections
+from keyecli.model.rope import inverse_frequencies, mrope_tables, scale_sections
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -95,16 +95,14 @@ class TextDecoder(nn.Module):
             return None
         return torch.full((len(x),), cache.length, dtype=torch.int32, device=x.device)
 
-    def rotary_tables(
-        self, position_ids: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cosines and sines of the heads [B, T, d] and of the indexer [B, T, e]; only for a model with an indexer.
-
-        position_ids: int [3, B, T].
-        """
-        index_tables = self._index_tables(position_ids, dtype)
-        assert index_tables is not None
-        return *self._tables(position_ids, self.config.head_dim, dtype), *index_tables
+    def frequencies(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotary frequencies of the heads and of the indexer, fp32 [d/2] and [e/2]; only for a model with an indexer."""
+        assert self.config.sa_config is not None
+        theta, index_dim = self.config.rope_theta, self.config.sa_config["indexer_head_dim"]
+        return (
+            inverse_frequencies(self.config.head_dim, theta, device),
+            inverse_frequencies(index_dim, theta, device),
+        )
 
     def _tables(self, position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sections = scale_sections(self.config.mrope_section, self.config.head_dim, dim)

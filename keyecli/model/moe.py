@@ -20,6 +20,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, 2 * width))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, width, config.hidden_size))
 
+    def routed(
+        self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
+    ) -> Tensor:
+        """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""
+        return dispatch.routed_experts(
+            x, logits, top_k, normalise, self.gate_up_proj, self.down_proj, backend
+        )
+
 
 class SparseMoE(nn.Module):
     """Each token goes to its `num_experts_per_tok` best experts."""
@@ -36,11 +44,11 @@ class SparseMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, D] → [B, T, D]."""
         rows = x.flatten(0, 1)
-        weights, experts = dispatch.route(self.gate(rows), self.top_k, self.normalise, self.backend)
-        mixed = dispatch.moe_experts(
-            rows, weights, experts, self.experts.gate_up_proj, self.experts.down_proj, self.backend
-        )
-        return mixed.view_as(x)
+        return self.routed(rows, self.gate(rows)).view_as(x)
+
+    def routed(self, x: Tensor, logits: Tensor) -> Tensor:
+        """x [T, D] through the experts that its router logits [T, E] choose → [T, D]."""
+        return self.experts.routed(x, logits, self.top_k, self.normalise, self.backend)
 
 
 class DenseMLP(nn.Module):

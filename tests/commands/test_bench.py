@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from keyecli.bench.measure import Measurement
-from keyecli.commands.bench import line
 from tests.commands.conftest import Keye
 
 GPU = torch.cuda.is_available()
+UNKNOWN = "keye: keye bench measures kernels, prefill, decode, memory, end-to-end, video: name one, as in `keye bench kernels`"
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "keye: keye bench measures kernels, prefill, decode: name one, as in `keye bench kernels`"),
-        (
-            ["cats"],
-            "keye: keye bench measures kernels, prefill, decode: name one, as in `keye bench kernels`",
-        ),
+        ([], UNKNOWN),
+        (["cats"], UNKNOWN),
         (
             ["kernels", "--only", "vision,cats"],
             "keye: --only names 'cats', and there is selection, attention, experts, vision",
@@ -36,8 +34,15 @@ GPU = torch.cuda.is_available()
         ),
         (
             ["decode", "--only", "vision"],
-            "keye: --only chooses among the kernels: it goes with `keye bench kernels`",
+            "keye: --only goes with `keye bench kernels`",
         ),
+        (
+            ["video", "--lengths", "4"],
+            "keye: --lengths goes with `keye bench kernels` and `keye bench prefill` and `keye bench decode` "
+            "and `keye bench memory`",
+        ),
+        (["memory", "--hours", "2"], "keye: --hours goes with `keye bench end-to-end`"),
+        (["decode", "clip.mp4"], "keye: CLIP goes with `keye bench video`"),
     ],
 )
 def test_wrong_usage(keye: Keye, arguments: list[str], sentence: str) -> None:
@@ -73,5 +78,20 @@ def test_a_row_by_hand() -> None:
     )
     assert row.floor_s == pytest.approx(1e-3)
     assert row.ratio == pytest.approx(0.5)
-    expected = "experts 4096 tokens 2.000 ms ± 10.0 µs 50% of the floor 0.50 × grouped_mm ( 4.000 ms)"
-    assert " ".join(line(row).split()) == expected
+    assert " ".join(row.line().split()) == (
+        "experts 4096 tokens 2.000 ms ± 10.0 µs 375.0 TFLOP/s 1.05 TB/s 50% of the floor 0.50 × grouped_mm ( 4.000 ms)"
+    )
+
+
+def test_frames_are_read_on_any_machine(keye: Keye) -> None:
+    clip = Path(__file__).parents[2] / "examples" / "clips" / "red-circle.mp4"
+    code, out, _ = keye("bench", "video", str(clip), "--json")
+    assert code == 0
+    (row,) = [json.loads(text) for text in out.splitlines()]
+    assert row["schema"] == "keye.bench.video/1"
+    assert row["clip"] == "red-circle.mp4"
+    assert row["frames"] > 0
+    assert row["speedup"] > 0
+    code, out, err = keye("bench", "video", "missing.mp4")
+    assert (code, out) == (3, "")
+    assert "missing.mp4" in err

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keyecli.kernels import decode as kernels
 from keyecli.kernels import reference
+from keyecli.kernels.reference import Branches
 from tests.compare import assert_close, assert_same
 from tests.kernels.on_device import CUDA, DEVICE, DTYPES, poisoned
 
@@ -80,17 +81,25 @@ def test_memory_of_the_caller_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "groups", "length"),
-    [(1, 1, 4, 2048), (1, 1, 1, 1), (1, 1, 1, 100_000), (7, 3, 2, 1000), (64, 1, 4, 2048), (1, 1, 4, 65)],
+    ("groups", "length"), [(4, 2048), (1, 1), (1, 100_000), (2, 1000), (64, 2048), (4, 65)]
 )
-def test_parts_cover_the_list_and_fit_the_combining_kernel(
-    batch: int, tokens: int, groups: int, length: int
-) -> None:
-    parts, entries = kernels.parts_of(batch, tokens, groups, length, 64)
+def test_parts_cover_the_list_and_fit_the_combining_kernel(groups: int, length: int) -> None:
+    parts, entries = kernels.parts_of(groups, length, 64)
     assert entries % 64 == 0
     assert (parts - 1) * entries < length <= parts * entries
     assert parts <= kernels.MOST_PARTS
-    assert parts == 1 or parts * batch * tokens * groups <= kernels.PROGRAMS
+    assert parts == 1 or parts * groups <= kernels.PROGRAMS
+
+
+def test_branches_are_attended_to_where_their_rows_stand() -> None:
+    branches = Branches(shared=40, room=9, count=3)
+    q, _, _, indices = problem((3, 1, branches.length, 4, 2, 16, 33), torch.float32)
+    k, v = torch.randn(2, 1, branches.rows + 2, 2, 16, device=DEVICE)
+    actual = kernels.decode_attention(q, k, v, indices, branches=branches)
+    expected = kernels.decode_attention(q, branches.unfolded(k), branches.unfolded(v), indices)
+    assert_same(actual, expected)
+    rows = [list(range(40)) + list(range(40 + 9 * b, 49 + 9 * b)) for b in range(3)]
+    assert_same(branches.unfolded(k), torch.stack([k[0, row] for row in rows]))
 
 
 if CUDA:

@@ -344,6 +344,48 @@ def test_route_reads_strided_logits_and_refuses_nonsense() -> None:
     assert kernels.route(logits[:0], 3, True)[1].shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 32, 16), (3, 5, 3, 40, 24), (8, 16, 4, 32, 48)])
+def test_decoding_is_the_definition(
+    sizes: tuple[int, int, int, int, int], normalise: bool, dtype: torch.dtype
+) -> None:
+    """Tokens, experts, choices, widths: whole tiles and tails; ties between experts in every row."""
+    tokens, num_experts, top_k, model, width = sizes
+    x, _, _, gate_up, down = problem(tokens, num_experts, top_k, model, width, dtype)
+    logits = torch.randn(tokens, num_experts, device=DEVICE)
+    logits[:, -1] = logits[:, 0]
+    # Experts that nobody chose are not read.
+    unused = torch.ones(num_experts, dtype=torch.bool, device=DEVICE)
+    weights, experts = reference.route(logits, top_k, normalise)
+    unused[experts.flatten()] = False
+    gate_up[unused], down[unused] = float("nan"), float("nan")
+    with poisoned():
+        actual = kernels.decode_experts(x, logits, top_k, normalise, gate_up, down)
+    expected = exact(x, weights, experts, gate_up, down)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, relative=TOLERANCE[dtype], cosine=TOLERANCE[dtype] ** 2)
+    for row in range(tokens):
+        alone = kernels.decode_experts(
+            x[row : row + 1], logits[row : row + 1], top_k, normalise, gate_up, down
+        )
+        assert_same(alone[0], actual[row], what=f"token {row} alone")
+
+
+def test_decoding_of_extreme_logits() -> None:
+    """Equal, infinite and NaN logits choose as the definition does, and never an expert that is not there."""
+    x, _, _, gate_up, down = problem(4, 5, 3, 32, 16)
+    logits = torch.zeros(4, 5, device=DEVICE)
+    logits[1, 3] = 100.0
+    logits[2] = float("-inf")
+    logits[2, 4] = 0.0
+    logits[3, 2] = float("nan")
+    actual = kernels.decode_experts(x, logits, 3, True, gate_up, down)
+    expected = reference.routed_experts(x[:3], logits[:3], 3, True, gate_up, down)
+    assert_close(actual[:3], expected)
+    assert bool(actual[3].isnan().all())
+
+
 if CUDA:
     # Sizes and features that the interpreter has not.
 
@@ -366,14 +408,14 @@ if CUDA:
         """Captured once, replayed with other inputs in the same buffers."""
         logits = torch.randn(tokens, 64, device=DEVICE)
         x, _, _, gate_up, down = problem(tokens, 64, 8, 1024, 512, torch.bfloat16)
-        kernels.moe_experts(x, *kernels.route(logits, 8, True), gate_up, down)
+        kernels.decode_experts(x, logits, 8, True, gate_up, down)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = kernels.moe_experts(x, *kernels.route(logits, 8, True), gate_up, down)
+            out = kernels.decode_experts(x, logits, 8, True, gate_up, down)
         for seed in range(50):
             generator = torch.Generator(device=DEVICE).manual_seed(seed)
             x.normal_(generator=generator)
             logits.normal_(generator=generator)
             out.fill_(float("nan"))
             graph.replay()
-            assert_same(out, kernels.moe_experts(x, *kernels.route(logits, 8, True), gate_up, down))
+            assert_same(out, kernels.decode_experts(x, logits, 8, True, gate_up, down))

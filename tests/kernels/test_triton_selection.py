@@ -176,7 +176,7 @@ def test_candidates_are_the_keys_that_reach_the_threshold(splits: int) -> None:
     selection._collect[(len(names) * splits,)](
         scores, thresholds, counts, candidates, counts, 1, keys, top_k, keys - 1, scores.stride(0), 0,
         CAPACITY=plan.capacity, SAMPLE=plan.sample, BLOCK=plan.block, SPLITS=splits, EARLY=False, ON_DEVICE=False,
-        ASSEMBLY=CUDA, num_warps=plan.collect_warps,
+        ASSEMBLY=CUDA, DEPENDENT=False, num_warps=plan.collect_warps,
     )  # fmt: skip
     span = triton.cdiv(triton.cdiv(keys, plan.block), splits) * plan.block
     for r, name in enumerate(names):

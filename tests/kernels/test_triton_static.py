@@ -11,7 +11,7 @@ from torch import Tensor
 from keyecli.engine.generate import GenerationSettings, generate
 from keyecli.engine.static import StaticDecoder, suits
 from keyecli.kernels import reference, step
-from keyecli.kernels.reference import StepShape
+from keyecli.kernels.reference import Branches, StepShape
 from keyecli.model.cache import KeyeCache
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 from tests.compare import assert_close, assert_same
@@ -35,6 +35,25 @@ def test_residual_and_norm(width: int, dtype: torch.dtype) -> None:
         expected = reference.add_norm(theirs, added, weight, 1e-6)
         assert_same(mine, theirs, what="residual")
         assert_close(normed, expected, relative=TOLERANCE[dtype], cosine=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_of_text_tokens(dtype: torch.dtype) -> None:
+    """The definition is the model's own tables for three equal positions."""
+    decoder = fresh().model.to(DEVICE)
+    positions = torch.tensor([0, 7, 262_143], device=DEVICE)
+    actual = step.token_tables(positions, decoder.frequencies(positions.device), dtype)
+    expected = reference.token_tables(positions, decoder.frequencies(positions.device), dtype)
+    axes = positions[:, None].expand(3, -1, 1)
+    own = (
+        *decoder._tables(axes, decoder.config.head_dim, dtype),
+        *(decoder._index_tables(axes, dtype) or ()),
+    )
+    for name, mine, defined, model in zip(
+        ("cos", "sin", "index cos", "index sin"), actual, expected, own, strict=True
+    ):
+        assert_same(defined, model, what=name)
+        assert_close(mine, defined, relative=TOLERANCE[dtype], cosine=1e-5, what=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,14 +130,62 @@ def test_steps_are_those_of_the_model(tokens: int) -> None:
     expected = [eager(model, other, ids, tokens + n) for n, ids in enumerate(steps)]
     model.set_kernel_backend("triton")
     static = StaticDecoder(model, cache)
-    for n, ids in enumerate(steps):
-        assert_close(static.step(ids, tokens + n), expected[n])
+    static.begin([tokens, tokens], [tokens, tokens])
+    for ids, logits in zip(steps, expected, strict=True):
+        assert_close(static.step(torch.tensor(ids, device=DEVICE)), logits)
     assert cache.length == tokens + 3
     assert_close(cache.k[:, :, : tokens + 3], other.k[:, :, : tokens + 3])
-    while cache.length < cache.capacity:
-        cache.advance(1)
+    static.begin([cache.capacity, 0], [0, 0])
     with pytest.raises(ValueError, match="full"):
-        static.step([1, 1], 0)
+        static.step(torch.tensor([1, 1], device=DEVICE))
+    with pytest.raises(ValueError, match="2 sequences"):
+        static.begin([1], [1])
+
+
+def test_branches_are_the_sequences_that_they_would_be_alone() -> None:
+    """Three branches of different lengths behind 7 shared tokens give the bits of each alone in a cache of its own."""
+    shared, room = 7, 6
+    own = (2, 1, 3)
+    model = fresh(num_hidden_layers=2 if CUDA else 1).to(DEVICE)
+    model.set_kernel_backend("reference")
+    branches = Branches(shared, room, len(own))
+    cache = KeyeCache(model.config, branches.rows, device=DEVICE)
+    for buffer in (cache.k, cache.v, cache.index_k):
+        assert buffer is not None
+        buffer.fill_(float("nan"))
+    first = text(1, shared)
+    rests = [
+        text(1, shared + sum(own))[:, shared + sum(own[:b]) : shared + sum(own[: b + 1])] for b in range(3)
+    ]
+
+    def feed(into: KeyeCache, ids: Tensor) -> None:
+        positions = torch.arange(into.length, into.length + ids.shape[1], device=DEVICE).expand(3, 1, -1)
+        with torch.no_grad():
+            model.decode(model.embed(ids.to(DEVICE)), positions, into)
+
+    feed(cache, first)
+    for b in reversed(range(len(own))):
+        cache.truncate(shared)
+        feed(cache, rests[b])
+        cache.copy_to_branch(branches, b, cache.length)
+    model.set_kernel_backend("triton")
+    lengths = [shared + tokens for tokens in own]
+    together = StaticDecoder(model, cache, branches)
+    together.begin(lengths, lengths)
+    steps = torch.tensor([[5, 9, 77], [200, 1, 3]], device=DEVICE)
+    logits = [together.step(ids).clone() for ids in steps]
+    for b, rest in enumerate(rests):
+        model.set_kernel_backend("reference")
+        single = KeyeCache(model.config, branches.length, device=DEVICE)
+        feed(single, first)
+        feed(single, rest)
+        model.set_kernel_backend("triton")
+        alone = StaticDecoder(model, single)
+        alone.begin([lengths[b]], [lengths[b]])
+        for ids, expected in zip(steps, logits, strict=True):
+            assert_same(alone.step(ids[b : b + 1])[0], expected[b], what=f"branch {b}")
+    with pytest.raises(ValueError, match="no room"):
+        cache.copy_to_branch(branches, 1, shared + room + 1)
 
 
 def test_joined_projections_are_the_parameters_and_follow_them() -> None:

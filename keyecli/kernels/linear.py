@@ -1,0 +1,102 @@
+"""A linear layer of a few rows in Triton: `linear`, defined by `torch.nn.functional.linear`, bound by reading the weights.
+
+Libraries choose another algorithm for another number of rows, and then the same row gives other last bits. Here a row's
+result is the same whatever stands beside it, so that sequences decoded together give what each alone would give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from keyecli.kernels.compile import CompileCase
+from keyecli.kernels.device import dependent_launch, device_capability, let_next_begin, wait_for_previous
+
+# A program holds whole rows of the weights.
+LONGEST_INNER = 8192
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs of a program, and its warps."""
+
+    outputs: int
+    warps: int
+
+
+def tile_of(capability: int, inner: int) -> Tile:
+    """By compute capability (0: the interpreter) and the number of inputs: small programs, so that they are many."""
+    if capability == 0:
+        return Tile(16, 1)
+    return Tile(4, 2) if inner <= 2048 else Tile(4, 4)
+
+
+@triton.jit
+def _linear_kernel(
+    x, weight, out, N, K, x_row, weight_row, out_row,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, K_PADDED: tl.constexpr, EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A few outputs of every row; the weights, read once, are on their way before x is there."""
+    let_next_begin(DEPENDENT)
+    outputs = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inner = tl.arange(0, K_PADDED)
+    places = weight + outputs[:, None] * weight_row + inner[None, :]
+    if EVEN:
+        weights = tl.load(places, eviction_policy="evict_first")
+    else:
+        present = (outputs < N)[:, None] & (inner < K)[None, :]
+        weights = tl.load(places, mask=present, other=0.0, eviction_policy="evict_first")
+    wait_for_previous(DEPENDENT)
+    kind: tl.constexpr = weight.dtype.element_ty
+    for row in tl.static_range(ROWS):
+        vector = tl.load(x + row * x_row + inner, mask=inner < K, other=0.0)
+        total = tl.sum(weights.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
+        tl.store(out + row * out_row + outputs, total.to(kind).to(out.dtype.element_ty), mask=outputs < N)
+
+
+def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x [B, K] · weight [N, K]ᵀ → [B, N], rounded to their type and then stored as `out_dtype` (default: the same).
+
+    Made for few rows: one program reads its weights once for all of them. ValueError for shapes that do not fit together
+    and more than `LONGEST_INNER` inputs.
+    """
+    (rows, inner), (outputs, weight_inner) = x.shape, weight.shape
+    if inner != weight_inner or inner > LONGEST_INNER or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x {x.dtype} {list(x.shape)} and weight {weight.dtype} {list(weight.shape)} do not fit"
+        )
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    out = torch.empty(rows, outputs, dtype=out_dtype or x.dtype, device=x.device)
+    tile = tile_of(device_capability(x.device), inner)
+    padded = triton.next_power_of_2(inner)
+    _linear_kernel[(triton.cdiv(outputs, tile.outputs),)](
+        x, weight, out, outputs, inner, x.stride(0), weight.stride(0), out.stride(0),
+        ROWS=rows, OUTPUTS=tile.outputs, K_PADDED=padded, EVEN=padded == inner and outputs % tile.outputs == 0,
+        num_warps=tile.warps, **dependent_launch(x.device),
+    )  # fmt: skip
+    return out
+
+
+def compile_cases(capability: int) -> list[CompileCase]:
+    """Projections of the 30B model for one sequence and for eight, and its language head."""
+    cases = []
+    for rows, inner, out in ((1, 2048, "bf16"), (8, 4096, "bf16"), (1, 2048, "fp32")):
+        tile = tile_of(capability, inner)
+        constants = {
+            "ROWS": rows, "OUTPUTS": tile.outputs, "K_PADDED": inner, "EVEN": True, "DEPENDENT": capability >= 90,
+        }  # fmt: skip
+        tensors = {"x": "*bf16", "weight": "*bf16", "out": f"*{out}"}
+        counts = dict.fromkeys(("N", "K", "x_row", "weight_row", "out_row"), "i32")
+        signature = {**tensors, **counts, **dict.fromkeys(constants, "constexpr")}
+        cases.append(
+            CompileCase(
+                f"linear, {rows} rows of {inner}, {out}", _linear_kernel, signature, constants, tile.warps, 2,
+                (*tensors, *counts),
+            )
+        )  # fmt: skip
+    return cases
