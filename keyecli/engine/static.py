@@ -117,7 +117,7 @@ class StaticDecoder:
         assert cache.index_k is not None
         q, index_q, gates = attention.place(normed[:, None], tables, self._lengths, cache, branches)
         indices = dispatch.select_keys(
-            index_q, gates, cache.index_k[layer], attention.top_k, None, self._lengths, "triton", branches, settled=True
+            index_q, gates, cache.index_k[layer], attention.top_k, None, self._lengths, "triton", branches, stepping=True
         )  # fmt: skip
         attended = dispatch.attended(q, cache.k[layer], cache.v[layer], indices, "triton", branches)
         return _linear(attention.o_proj, attended.flatten(1))

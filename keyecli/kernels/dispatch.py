@@ -55,10 +55,10 @@ def select_keys(
     first_query: int | Tensor | None = None,
     backend: Backend | None = None,
     branches: reference.Branches | None = None,
-    settled: bool = False,
+    stepping: bool = False,
 ) -> Tensor:
-    """`reference.select_keys`; with `branches`, k [1, rows, e] holds their keys, one branch for each of the B rows. settled:
-    nothing of k before the first query was written shortly before."""
+    """`reference.select_keys`; with `branches`, k [1, rows, e] holds their keys, one branch for each of the B rows. stepping:
+    as `selection.select_keys` says, one decoding step of many by the kernels."""
     if backend_of(q, backend) == "reference":
         k = k if branches is None else branches.unfolded(k)
         return reference.select_keys(q, w, k, top_k, segments, first_query)
@@ -66,7 +66,7 @@ def select_keys(
         from keyecli.kernels import selection
 
         return selection.select_keys(
-            q, w, k, top_k, segments, first_query, branches=branches, settled=settled
+            q, w, k, top_k, segments, first_query, branches=branches, stepping=stepping
         )
 
 

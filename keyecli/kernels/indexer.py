@@ -437,7 +437,8 @@ def score_into(
     The first query stands at `offset`, plus positions[b] (int [B], on the device) where given. With `masked` a key in sight
     of its query by neither position nor segment gets the bits of `HIDDEN_BITS`, and what lies a whole tile or more behind
     the query is left as it was. Without, every score is written. With `branches`, for up to `FEW_QUERIES` queries, k is
-    [1, rows, e] and every batch row one of them; `settled` as in `selection.select_keys`.
+    [1, rows, e] and every batch row one of them; settled: the
+    keys before the first query and the positions were written before the kernel before this one began.
     """
     batch, queries, heads, dim = q.shape
     keys = k.shape[1] if branches is None else branches.length

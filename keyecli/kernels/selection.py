@@ -759,7 +759,7 @@ def select_keys(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     branches: Branches | None = None,
-    settled: bool = False,
+    stepping: bool = False,
 ) -> Tensor:
     """The keys that every query attends to, defined by `reference.select_keys`; differs from it only by the order in which the
     scores are summed. Queries of up to `indexer.FEW_QUERIES` are summed in another order than more.
@@ -767,10 +767,11 @@ def select_keys(
     q: [B, T, J, e]; w: [B, T, J]; k: [B, S, e] (bf16, fp16, fp32, or float8_e4m3fn with q_scale [B, T, J] and k_scale [B, S]).
     k may be the filled part of a longer buffer, or with `first_query` on the device (int [B], each batch row's own position)
     the whole buffer: nothing behind a query can reach its list. With `branches` k is [1, rows, e] and every batch row of a few
-    queries is one of them, its keys counted as its tokens are. settled: all keys before the first query have stood there for
-    longer than the kernel before this one runs, so that a few queries may read them at once. segments: int [B, S or more].
-    Returns int32 [B, T, min(top_k, S)]: ascending, −1 behind the last. Takes no gradient. Scores of visible keys must not be
-    NaN.
+    queries is one of them, its keys counted as its tokens are. stepping: one decoding step of many; all keys before the first
+    query have stood there for longer than the kernel before this one runs, so that a few queries may read them at once, and a
+    list has top_k places however small the buffer is, so that nothing that follows depends on the buffer. segments: int
+    [B, S or more]. Returns int32 [B, T, min(top_k, S)]: ascending, −1 behind the last. Takes no gradient. Scores of visible
+    keys must not be NaN.
     """
     batch, queries = q.shape[:2]
     keys = k.shape[1] if branches is None else branches.length
@@ -783,11 +784,12 @@ def select_keys(
         if first < 0 or first + queries > keys:
             raise ValueError(f"queries {first} to {first + queries - 1} are not all among the {keys} keys")
     capability = device_capability(q.device)
-    out = torch.empty((batch, queries, min(top_k, keys)), dtype=torch.int32, device=q.device)
+    width = top_k if stepping else min(top_k, keys)
+    out = torch.empty((batch, queries, width), dtype=torch.int32, device=q.device)
     if keys <= top_k:
         _list_visible[(batch * queries,)](
             out if segments is None else segments, out if positions is None else positions, out,
-            queries, keys, keys, first, 0 if segments is None else segments.stride(0), *out.stride()[:2],
+            queries, keys, width, first, 0 if segments is None else segments.stride(0), *out.stride()[:2],
             BLOCK=64 if capability == 0 else 1024, SEGMENTED=segments is not None,
             ON_DEVICE=positions is not None, num_warps=4, **dependent_launch(q.device),
         )  # fmt: skip
@@ -818,7 +820,7 @@ def select_keys(
                 positions=starts,
                 offset=first + begin,
                 branches=branches,
-                settled=settled,
+                settled=stepping,
             )
             select_scored(chunk[:, :, :keys], top_k, starts, first + begin, lists)
     return out

@@ -184,6 +184,16 @@ def test_branches_are_the_sequences_that_they_would_be_alone() -> None:
         alone.begin([lengths[b]], [lengths[b]])
         for ids, expected in zip(steps, logits, strict=True):
             assert_same(alone.step(ids[b : b + 1])[0], expected[b], what=f"branch {b}")
+    # Nor does the size of the buffer matter, though one of them has fewer rows than are selected.
+    model.set_kernel_backend("reference")
+    roomy = KeyeCache(model.config, 4 * branches.rows, device=DEVICE)
+    feed(roomy, first)
+    feed(roomy, rests[0])
+    model.set_kernel_backend("triton")
+    alone = StaticDecoder(model, roomy)
+    alone.begin(lengths[:1], lengths[:1])
+    for ids, expected in zip(steps, logits, strict=True):
+        assert_same(alone.step(ids[:1])[0], expected[0], what="in a larger buffer")
     with pytest.raises(ValueError, match="no room"):
         cache.copy_to_branch(branches, 1, shared + room + 1)
 
