@@ -1,8 +1,8 @@
-"""Official checkpoints in and out: weights by name, strictly, from safetensors only.
+"""Checkpoints in and out, the official ones and our quantised ones: weights by name, strictly, from safetensors only.
 
 Nothing here executes remote code or opens a pickle. Weights stream tensor by tensor from one shard at a time into a
-model built on the meta device, so host memory stays near the model's own size plus one shard. E experts, F expert
-width, D hidden size, N layer number, K expert number.
+model built on the meta device, so host memory stays near the model's own size plus one shard; what is quantised on the
+way is read an expert at a time. E experts, F expert width, D hidden size, N layer number, K expert number.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keyecli.errors import ModelError
+from keyecli.kernels.quantized_weights import quantise
 from keyecli.model.companions import (
     Preprocessor,
     load_config,
@@ -33,6 +34,13 @@ from keyecli.model.companions import (
 )
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.quantize import (
+    STORED_PARTS,
+    Quantization,
+    Quantized,
+    quantization_in,
+    replace_modules,
+)
 from keyecli.model.shards import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -69,6 +77,7 @@ class Handling(Enum):
     INDEXER = "copied; only a model with sa_config has it"
     TIED = "copied; absent when the configuration ties it to the embedding"
     EXPERT = "one expert's matrix [out, in], transposed into its place in the fused parameter [E, in, out]"
+    QUANTISED = "copied; only a folder whose configuration says that it is quantised has it"
     SKIP = "known, unused"
 
 
@@ -95,6 +104,13 @@ WEIGHT_NAMES: dict[str, Handling] = {
     "visual.vision_model.head.*": Handling.SKIP,
 }
 
+# Ours: a quantised matrix in the place of a weight, see `keyecli.kernels.quantized_weights`.
+QUANTISED_NAMES: dict[str, Handling] = {
+    "model.layers.N.self_attn.{q_proj,k_proj,v_proj,o_proj}.{codes,scale,zero}": Handling.QUANTISED,
+    "model.layers.N.mlp.experts.{gate_up_proj,down_proj}.{codes,scale,zero}": Handling.QUANTISED,
+    "model.layers.N.mlp.{gate_proj,up_proj,down_proj}.{codes,scale,zero}": Handling.QUANTISED,
+}
+
 # The types in which official files store weights; anything else in a shard is a quantised or foreign model.
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -112,49 +128,102 @@ class Placement:
     first_column: int = 0
 
 
+@dataclass(frozen=True)
+class LoadPlan:
+    """Everything known about a folder before a weight is read.
+
+    model: on the meta device, with quantised modules where there will be any. quantised: parameter of the files → module that it
+    is quantised into; empty where the folder is quantised already. stored: how the folder itself is quantised.
+    """
+
+    folder: Path
+    model: KeyeVL2ForConditionalGeneration
+    entries: Mapping[str, TensorEntry]
+    placements: Mapping[str, Placement]
+    quantization: Quantization | None
+    stored: bool
+    quantised: Mapping[str, str]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(self.entries[name].bytes for name in self.placements)
+
+
+def plan_load(folder: Path | str, quantization: Quantization | None = None) -> LoadPlan:
+    """Compare a folder's headers with its configuration. ModelError: see `load_model`."""
+    folder = Path(folder)
+    config = load_config(folder)
+    entries = read_entries(folder)
+    stored = quantization_in(config, folder)
+    if stored and quantization and stored != quantization:
+        raise ModelError(
+            f"{folder} is quantised already, {stored}, and cannot become {quantization}: quantise the original"
+        )
+    try:
+        with torch.device("meta"):
+            model = KeyeVL2ForConditionalGeneration(config)
+            shapes = _parameter_shapes(model)
+            wanted = stored or quantization
+            modules = replace_modules(model, wanted) if wanted else []
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder / CONFIG_FILE} describes a model that cannot be built: {one_line(error)}"
+        ) from error
+    if wanted and not modules:
+        raise ModelError(
+            f"no matrix of {folder} has a width that is made of groups of {wanted.group}: use it unquantised"
+        )
+    quantised = {} if stored else {_weight_of(name, shapes): name for name in modules}
+    placements = _plan_placements(
+        folder, config, _parameter_shapes(model) if stored else shapes, entries, stored is not None
+    )
+    return LoadPlan(folder, model, entries, placements, wanted, stored is not None, quantised)
+
+
+def _weight_of(module: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The parameter of the official files that a quantised module stands for."""
+    return module if module in shapes else f"{module}.weight"
+
+
 def load_model(
     folder: Path | str,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> KeyeVL2ForConditionalGeneration:
     """Build the model of `folder` on `device` in `dtype` (default: the configuration's, else the weights' own), in eval mode.
 
-    Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. `on_progress(done, total)` is
+    Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. `quantization` quantises on the way,
+    to the same bits as `quantize_folder` would write, whatever the device and `dtype`. `on_progress(done, total)` is
     told the bytes read. ModelError names the first thing wrong: a damaged or missing shard, a tensor that is missing,
-    unexpected, misshapen or of a type other than bf16, fp16 and fp32; all of it is found before any weight is read.
+    unexpected, misshapen or of a wrong type, another quantisation; all of it is found before any weight is read.
     """
-    folder = Path(folder)
-    config = load_config(folder)
-    entries = read_entries(folder)
-    try:
-        with torch.device("meta"):
-            model = KeyeVL2ForConditionalGeneration(config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{folder / CONFIG_FILE} describes a model that cannot be built: {one_line(error)}"
-        ) from error
-    placements = _plan_placements(folder, config, _parameter_shapes(model), entries)
+    plan = plan_load(folder, quantization)
+    model, config = plan.model, plan.model.config
     if dtype is None:
         own = config.dtype
-        dtype = own if isinstance(own, torch.dtype) else _most_common_dtype(entries[n] for n in placements)
-    _materialise(model, placements, entries, torch.device(device), dtype, on_progress)
+        dtype = own if isinstance(own, torch.dtype) else _most_common_dtype(_dense_entries(plan))
+    for name, tensor in stream_weights(plan, torch.device(device), dtype, on_progress):
+        _put(model, name, tensor)
     model.config.dtype = dtype
+    if plan.quantization is not None:
+        model.config.quantization_config = plan.quantization.to_dict()
     if config.tie_word_embeddings:
-        _tie_head(model, entries)
+        _tie_head(model, plan.entries)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise ModelError(
-            f"nothing in {folder} fills {first_of(left)}: this is not a checkpoint of this model"
+            f"nothing in {plan.folder} fills {first_of(left)}: this is not a checkpoint of this model"
         )
     return model.eval()
 
 
 @cache
-def _compiled_names() -> tuple[tuple[re.Pattern[str], Handling], ...]:
+def _compiled_names(table: str = "official") -> tuple[tuple[re.Pattern[str], Handling], ...]:
     compiled = []
-    for pattern, handling in WEIGHT_NAMES.items():
+    for pattern, handling in (WEIGHT_NAMES if table == "official" else QUANTISED_NAMES).items():
         text = (
             re.escape(pattern)
             .replace(r"\{", "(?:")
@@ -167,8 +236,9 @@ def _compiled_names() -> tuple[tuple[re.Pattern[str], Handling], ...]:
 
 
 def handling_of(name: str) -> Handling | None:
-    """What `WEIGHT_NAMES` says about a tensor name; None when no row explains it."""
-    return next((handling for pattern, handling in _compiled_names() if pattern.fullmatch(name)), None)
+    """What `WEIGHT_NAMES` or `QUANTISED_NAMES` says about a tensor name; None when no row explains it."""
+    rows = (*_compiled_names(), *_compiled_names("quantised"))
+    return next((handling for pattern, handling in rows if pattern.fullmatch(name)), None)
 
 
 def _parameter_shapes(model: KeyeVL2ForConditionalGeneration) -> dict[str, tuple[int, ...]]:
@@ -184,8 +254,12 @@ def _plan_placements(
     config: KeyeVL2Config,
     parameters: Mapping[str, tuple[int, ...]],
     entries: Mapping[str, TensorEntry],
+    stored: bool,
 ) -> dict[str, Placement]:
-    """The place of every tensor of the files; ModelError for what is unexpected, missing, misshapen or not a float."""
+    """The place of every tensor of the files; ModelError for what is unexpected, missing, misshapen or of a wrong type.
+
+    `stored`: the folder is quantised, and `parameters` are those of a quantised model.
+    """
     handlings = {name: handling_of(name) for name in entries}
     unknown = [name for name, handling in handlings.items() if handling is None]
     if unknown:
@@ -199,10 +273,17 @@ def _plan_placements(
             "restore sa_config, or the sparse model would run dense"
         )
 
+    foreign = [name for name, handling in handlings.items() if handling is Handling.QUANTISED]
+    if foreign and not stored:
+        raise ModelError(
+            f"{folder} holds quantised weights ({first_of(foreign)}) but its {CONFIG_FILE} has no quantization_config: "
+            "they do not belong together"
+        )
+
     one_by_one = {_fused_name(name) for name, handling in handlings.items() if handling is Handling.EXPERT}
     placements: dict[str, Placement] = {}
     for parameter, shape in parameters.items():
-        if parameter in one_by_one:
+        if parameter in one_by_one and not stored:
             placements.update(_expert_placements(parameter, shape))
         else:
             placements[parameter] = Placement(parameter, shape)
@@ -227,10 +308,13 @@ def _plan_placements(
                 f"the tensor {name} in {entry.shard} has shape {list(entry.shape)}, but {CONFIG_FILE} asks for "
                 f"{list(placement.shape)}: weights and configuration do not belong together"
             )
-        if entry.dtype not in SAFETENSORS_DTYPES:
+        types = list(SAFETENSORS_DTYPES)
+        if handlings[name] is Handling.QUANTISED:
+            types = [STORED_PARTS[name.rpartition(".")[2]]]
+        if entry.dtype not in types:
             raise ModelError(
-                f"the tensor {name} in {entry.shard} is stored as {entry.dtype}, but only "
-                f"{', '.join(SAFETENSORS_DTYPES)} are read: choose the unquantised checkpoint"
+                f"the tensor {name} in {entry.shard} is stored as {entry.dtype}, but only {', '.join(types)} "
+                f"{'are' if len(types) > 1 else 'is'} read: choose the unquantised checkpoint"
             )
     return placements
 
@@ -255,36 +339,71 @@ def _expert_placements(parameter: str, shape: tuple[int, ...]) -> dict[str, Plac
     }
 
 
-def _materialise(
-    model: nn.Module,
-    placements: Mapping[str, Placement],
-    entries: Mapping[str, TensorEntry],
+@dataclass
+class _Target:
+    """Tensors that are being filled, and how many tensors of the files are still to come for them."""
+
+    tensors: dict[str, Tensor]
+    left: int = field(default=0)
+
+
+def stream_weights(
+    plan: LoadPlan,
     device: torch.device,
-    dtype: torch.dtype,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    """Replace meta parameters by real ones, one shard after another."""
+    dtype: torch.dtype | None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the model's state, each whole, as their shards hold them, on `device` in `dtype` (None: as stored).
+
+    What is quantised has types of its own. ModelError for a shard that cannot be read and a value that cannot be quantised.
+    """
     by_shard: defaultdict[Path, list[str]] = defaultdict(list)
-    for name in placements:
-        by_shard[entries[name].shard].append(name)
-    total = sum(entries[name].bytes for name in placements)
-    done = 0
-    targets: dict[str, Tensor] = {}
+    left: defaultdict[str, int] = defaultdict(int)
+    for name, placement in plan.placements.items():
+        by_shard[plan.entries[name].shard].append(name)
+        left[placement.parameter] += 1
+    total, done = plan.read_bytes, 0
+    targets: dict[str, _Target] = {}
     for shard, names in by_shard.items():
         try:
             with safe_open(shard, framework="pt", device="cpu") as file:
                 for name in names:
-                    placement = placements[name]
+                    placement = plan.placements[name]
                     target = targets.get(placement.parameter)
                     if target is None:
-                        target = _set_parameter(model, placement.parameter, device, dtype)
-                        targets[placement.parameter] = target
-                    _fill(target, file.get_tensor(name), placement)
-                    done += entries[name].bytes
+                        made = _empty_tensors(plan, name, placement.parameter, device, dtype)
+                        target = targets[placement.parameter] = _Target(made, left[placement.parameter])
+                    if placement.parameter in plan.quantised:
+                        _fill_quantised(target, file, name, placement, plan)
+                    else:
+                        _fill(target.tensors[placement.parameter], file.get_tensor(name), placement)
+                    target.left -= 1
+                    done += plan.entries[name].bytes
+                    if target.left == 0:
+                        yield from targets.pop(placement.parameter).tensors.items()
+                    del target
                     if on_progress is not None:
                         on_progress(done, total)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shard} cannot be read ({one_line(error)}): download it again") from error
+
+
+def _empty_tensors(
+    plan: LoadPlan, name: str, parameter: str, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """What the tensor `name` of the files is a part of, by its names in the model's state, not filled yet."""
+    if parameter in plan.quantised:
+        module = plan.model.get_submodule(plan.quantised[parameter])
+        assert isinstance(module, Quantized)
+        return {
+            f"{plan.quantised[parameter]}.{part}": torch.empty_like(buffer, device=device)
+            for part, buffer in module.matrix.tensors.items()
+        }
+    like = plan.model.get_submodule(parameter.rpartition(".")[0])
+    old = getattr(like, parameter.rpartition(".")[2])
+    kept = isinstance(like, Quantized) and parameter.rpartition(".")[2] in STORED_PARTS
+    chosen = old.dtype if kept else dtype or SAFETENSORS_DTYPES[plan.entries[name].dtype]
+    return {parameter: torch.empty(old.shape, dtype=chosen, device=device)}
 
 
 def _fill(target: Tensor, source: Tensor, placement: Placement) -> None:
@@ -295,14 +414,44 @@ def _fill(target: Tensor, source: Tensor, placement: Placement) -> None:
             target[placement.expert].narrow(1, placement.first_column, placement.shape[0]).copy_(source.t())
 
 
-def _set_parameter(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Put an uninitialised parameter of the same shape in place of the meta one and return it."""
+def _fill_quantised(target: _Target, file: Any, name: str, placement: Placement, plan: LoadPlan) -> None:
+    """Quantise one tensor of the files, [out, in], or one expert of a fused one [E, in, out] after another."""
+    assert plan.quantization is not None
+    parts = {part.rpartition(".")[2]: tensor for part, tensor in target.tensors.items()}
+    device = parts["codes"].device
+    stored = file.get_slice(name)
+    first = placement.first_column
+    rows = slice(first, first + placement.shape[0])
+    matrices: Iterable[tuple[Any, Tensor]]
+    if placement.expert is not None:
+        matrices = [((placement.expert, rows), stored[:])]
+    elif len(placement.shape) == 2:
+        matrices = [(..., stored[:])]
+    else:
+        matrices = ((expert, stored[expert].t()) for expert in range(placement.shape[0]))
+    for place, matrix in matrices:
+        try:
+            made = quantise(matrix.to(device), plan.quantization.method, plan.quantization.group)
+        except ValueError as error:
+            raise ModelError(
+                f"the tensor {name} in {plan.entries[name].shard} cannot be quantised: {error}"
+            ) from error
+        for part, tensor in made.tensors.items():
+            parts[part][place] = tensor
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the meta parameter or buffer of this name."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     old = getattr(owner, leaf)
-    fresh = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad)
+    fresh = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     setattr(owner, leaf, fresh)
-    return fresh
+
+
+def _dense_entries(plan: LoadPlan) -> Iterator[TensorEntry]:
+    """The tensors of the files that are numbers as they stand."""
+    return (plan.entries[name] for name in plan.placements if handling_of(name) is not Handling.QUANTISED)
 
 
 def _tie_head(model: KeyeVL2ForConditionalGeneration, entries: Mapping[str, TensorEntry]) -> None:

@@ -89,19 +89,21 @@ def resolve_model(name: str | None, revision: str | None = None) -> Path:
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """Where the cache has the model. A folder without the files that we never use is whole, so only ours are asked for."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        at = f" at revision {revision}" if revision else ""
-        command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
-        raise ModelError(
-            f"{name}{at} is neither a folder nor in the local Hugging Face cache: download it with `{command}`"
-        ) from error
+        found = try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
     except HFValidationError as error:
         raise ModelError(f"{name} is neither a folder nor a valid hub name: check the spelling") from error
+    if not isinstance(found, str):
+        at = f" at revision {revision}" if revision else ""
+        command = f"keye pull {name}" + (f" --revision {revision}" if revision else "")
+        raise ModelError(
+            f"{name}{at} is neither a folder nor in the local Hugging Face cache: fetch it with `{command}`"
+        )
+    return Path(found).parent
 
 
 def load_config(folder: Path | str) -> KeyeVL2Config:

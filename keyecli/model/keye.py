@@ -24,6 +24,7 @@ from keyecli.model.decoder import TextDecoder
 from keyecli.model.indexer import RMSNorm
 from keyecli.model.moe import Experts, SparseMoE
 from keyecli.model.prompt import multimodal_positions
+from keyecli.model.quantize import QuantizedLinear
 from keyecli.model.vision import (
     GROUP_PATCHES,
     PatchEmbeddings,
@@ -86,7 +87,7 @@ class KeyeVL2ForConditionalGeneration(PreTrainedModel):
     def set_kernel_backend(self, backend: Backend | None) -> None:
         """Compute with the definitions ("reference"), with the Triton kernels ("triton"), or by the device (None)."""
         for module in self.modules():
-            if isinstance(module, (SparseAttention, SparseMoE, VisionAttention)):
+            if isinstance(module, (SparseAttention, SparseMoE, VisionAttention, QuantizedLinear)):
                 module.backend = backend
 
     def encode_frames(

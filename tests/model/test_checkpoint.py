@@ -606,7 +606,7 @@ def test_a_hub_name_is_looked_up_in_the_local_cache_only(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     sentence = refusal(resolve_model, "Kwai-Keye/Keye-VL-2.0-30B-A3B")
-    assert "hf download Kwai-Keye/Keye-VL-2.0-30B-A3B" in sentence
+    assert "`keye pull Kwai-Keye/Keye-VL-2.0-30B-A3B`" in sentence
     commit = "0123456789abcdef" * 2 + "01234567"
     snapshot = fill_cache(tmp_path, "owner/tiny", commit, tiny_checkpoint)
     assert resolve_model("owner/tiny") == snapshot
