@@ -1,11 +1,11 @@
-"""Jobs about the same frames, answered one after the other by a loaded model; each one's failure is its own."""
+"""Jobs about the same frames, answered by a loaded model, together where it can; each one's failure is its own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -72,7 +72,7 @@ def open_group(
 
 def reading_ahead(keye: Keye, frames: FramesAhead) -> Keye:
     """The same model, which takes frames that have been decoded already."""
-    return Keye(replace(keye.loaded, read_frames=frames.read))
+    return Keye(frames.serve(keye.loaded))
 
 
 def answer_group(
@@ -87,7 +87,8 @@ def answer_group(
     KeyeError when a GPU cannot be used any more; the outcome of the job at which that happened has come before.
     """
     asked = [(job.prompt[0], settings) for job, settings in group.jobs if isinstance(settings, AskSettings)]
-    shared = SharedQuestions(keye.loaded, group.infos, asked)
+    # Whoever has a limit of its own must be stopped alone.
+    shared = SharedQuestions(keye.loaded, group.infos, asked, together=timeout_s is None)
     reader: str | None = None
     for job, settings in group.jobs:
         started_at, begin = datetime.now(UTC).isoformat(timespec="milliseconds"), time.perf_counter()

@@ -19,6 +19,8 @@ from keyecli.tasks.search import GroundSettings, ground_settings
 from keyecli.tasks.summarize import SummarySettings, summary_settings
 
 KEY_VERSION = 1  # another one makes every job a new one
+# Of the generation, what there was not from the beginning: left as it was then, it changes no key.
+LATER_OPTIONS: dict[str, Any] = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "stop": []}
 
 TaskSettings = AskSettings | GroundSettings | SummarySettings
 
@@ -109,7 +111,7 @@ def work_of(
         # A file without content is told by its name, so that the job is a new one once the file is there.
         "files": [file.sha256 or f"unreadable {file.path}" for file in files],
         "prompt": job.prompt,
-        "settings": plain(_without_paths(settings)),
+        "settings": _described(settings),
         "weights_revision": weights_revision,
         "dtype": dtype,
     }
@@ -134,6 +136,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return str(value) if isinstance(value, (Fraction, Path)) else value
+
+
+def _described(settings: TaskSettings) -> dict[str, Any]:
+    described: dict[str, Any] = plain(_without_paths(settings))
+    generation = (described if isinstance(settings, AskSettings) else described["ask"])["generation"]
+    for name, value in LATER_OPTIONS.items():
+        if generation[name] == value:
+            del generation[name]
+    return described
 
 
 def _without_paths(settings: TaskSettings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ _PROMPT_NAMES: dict[str, tuple[str, ...]] = {
     "summarize": (),
 }
 _NUMBER, _WHOLE, _FLAG, _TEXT, _TIME = "a number", "a whole number", "true or false", "text", "a time"
+_TEXTS, _COUNT = "text or a list of texts", "a whole number or auto"
 _KINDS: dict[str, tuple[type, ...]] = {
     _NUMBER: (int, float),
     _WHOLE: (int,),
@@ -34,8 +35,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _ASK_OPTIONS = {
     "fps": _NUMBER, "max_frames": _WHOLE, "max_tokens_video": _WHOLE, "min_pixels": _WHOLE, "max_pixels": _WHOLE,
     "adaptive_budget": _FLAG, "start": _TIME, "end": _TIME, "duration": _TIME, "exact_resize": _FLAG,
-    "strict": _FLAG, "subtitles": _TEXT, "max_tokens": _WHOLE, "temperature": _NUMBER, "top_p": _NUMBER,
-    "seed": _WHOLE, "think": _FLAG,
+    "strict": _FLAG, "subtitles": _TEXT, "max_tokens": _WHOLE, "temperature": _NUMBER, "top_k": _WHOLE,
+    "top_p": _NUMBER, "min_p": _NUMBER, "repetition_penalty": _NUMBER, "seed": _WHOLE, "stop": _TEXTS, "think": _FLAG,
 }  # fmt: skip
 OPTIONS: dict[Task, dict[str, str]] = {
     "ask": _ASK_OPTIONS,
@@ -44,7 +45,7 @@ OPTIONS: dict[Task, dict[str, str]] = {
         "min_score": _NUMBER, "merge_gap": _NUMBER, "explain": _FLAG,
     },
     "summarize": {
-        **_ASK_OPTIONS, "style": _TEXT, "chapters": "a whole number or auto", "language": _TEXT, "snap": _FLAG,
+        **_ASK_OPTIONS, "style": _TEXT, "chapters": _COUNT, "language": _TEXT, "snap": _FLAG,
         "min_chapter_s": _NUMBER,
     },
 }  # fmt: skip
@@ -190,8 +191,10 @@ def _options(given: Any, task: Task, where: str) -> dict[str, Any]:
 
 
 def _is_kind(value: Any, kind: str) -> bool:
-    if kind not in _KINDS:
+    if kind == _COUNT:
         return value == "auto" or type(value) is int
+    if kind == _TEXTS:
+        return all(isinstance(text, str) for text in (value if isinstance(value, list) else [value]))
     return type(value) in _KINDS[kind]
 
 

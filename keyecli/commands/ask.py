@@ -33,10 +33,11 @@ from keyecli.commands.options import (
 from keyecli.console import console
 from keyecli.errors import InputError, KeyeError, MemoryLimitError, UsageError
 from keyecli.settings import Settings
+from keyecli.tasks.ask_request import check_samples
 
 if TYPE_CHECKING:
     from keyecli.session import Keye
-    from keyecli.tasks.ask import Answer, AskSettings
+    from keyecli.tasks.ask import Answer, AskSettings, Sample
 
 NANO_NOTICE = (
     "keye-nano answers, which knows nothing but synthetic FrameForge clips: "
@@ -65,6 +66,16 @@ def ask(
     each: Annotated[
         bool, typer.Option("--each", help="Ask about each VIDEO by itself, not about all together.")
     ] = False,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            "-n",
+            metavar="N",
+            help="Draw so many answers; each has the seed of the one before, plus 1.",
+            rich_help_panel="Answer",
+        ),
+    ] = 1,
     start: Start = None,
     end: End = None,
     duration: Duration = None,
@@ -76,11 +87,13 @@ def ask(
     """Answer a question about one or several videos and images.
 
     The answer streams on stdout; the model's reasoning goes to stderr, dim. Several videos are seen together and get one
-    answer. With -i, -r or --each there is an answer for each, below its name; one that cannot be used is told on stderr,
-    the others are answered, and the exit code is 1. A pattern in quotes is matched as the shell would.
+    answer. With -n there are several answers, all at the end, each below a line with its number. With -i, -r or --each
+    there is an answer for each, below its name; one that cannot be used is told on stderr, the others are answered, and
+    the exit code is 1. A pattern in quotes is matched as the shell would.
 
     Without --model the embedded keye-nano answers, which knows nothing but the synthetic clips of `keye forge`.
     """
+    check_samples(samples, settings.temperature)
     one_by_one = each or recursive or listed is not None
     inputs, question = split_arguments(videos, question, listed=listed, recursive=recursive)
     if one_by_one and subtitles is not None:
@@ -90,13 +103,19 @@ def ask(
     inputs = expand(inputs, recursive=recursive)
     if one_by_one:
         named = chain(inputs, [] if listed is None else read_list(listed))
-        _ask_each(named, question, asked, settings, recursive=recursive, dry_run=dry_run)
+        _ask_each(named, question, asked, settings, samples=samples, recursive=recursive, dry_run=dry_run)
     else:
-        _ask_together(inputs, question, asked, settings, dry_run=dry_run)
+        _ask_together(inputs, question, asked, settings, samples=samples, dry_run=dry_run)
 
 
 def _ask_together(
-    inputs: list[str], question: str, asked: dict[str, Any], settings: Settings, *, dry_run: bool
+    inputs: list[str],
+    question: str,
+    asked: dict[str, Any],
+    settings: Settings,
+    *,
+    samples: int,
+    dry_run: bool,
 ) -> None:
     """One answer about all inputs."""
     with leaving_at_once():
@@ -110,6 +129,7 @@ def _ask_together(
         return
     planned.check()
     printer = AnswerPrinter(show_thinking=settings.show_thinking)
+    streamed = _streamed(printer, settings, samples)
     with console.progress() as on_progress:
         keye = session.load(**load_arguments(settings), on_progress=on_progress)
         if keye.is_nano:
@@ -117,9 +137,9 @@ def _ask_together(
         answer = keye.ask(
             [item.info for item in planned.inputs],
             question,
-            on_text=None if settings.json else printer.text,
-            on_reasoning=None if settings.json else printer.reasoning,
+            n=samples,
             on_progress=on_progress,
+            **streamed,
             **asked,
         )
     _finish(printer, answer, settings)
@@ -131,6 +151,7 @@ def _ask_each(
     asked: dict[str, Any],
     settings: Settings,
     *,
+    samples: int,
     recursive: bool,
     dry_run: bool,
 ) -> None:
@@ -157,7 +178,7 @@ def _ask_each(
                 if keye is None:
                     print_plan(session.plan(path, question, **load_arguments(settings), **asked), settings)
                 else:
-                    _answer_one(keye, path, question, asked, settings, printer)
+                    _answer_one(keye, path, question, asked, settings, samples, printer)
                 tally.done += 1
     tally.check()
 
@@ -225,6 +246,7 @@ def _answer_one(
     question: str,
     asked: dict[str, Any],
     settings: Settings,
+    samples: int,
     printer: AnswerPrinter,
 ) -> None:
     if not settings.json:
@@ -233,21 +255,32 @@ def _answer_one(
         answer = keye.ask(
             path,
             question,
-            on_text=None if settings.json else printer.text,
-            on_reasoning=None if settings.json else printer.reasoning,
+            n=samples,
             on_progress=on_progress,
+            **_streamed(printer, settings, samples),
             **asked,
         )
     _finish(printer, answer, settings)
 
 
+def _streamed(printer: AnswerPrinter, settings: Settings, samples: int) -> dict[str, Any]:
+    """Who gets the pieces of an answer; nobody where it is printed when it is complete."""
+    if settings.json or samples > 1:
+        return {}
+    return {"on_text": printer.text, "on_reasoning": printer.reasoning}
+
+
 def _finish(printer: AnswerPrinter, answer: Answer, settings: Settings) -> None:
     """Print what remains when an answer is complete."""
-    printer.finish()
     if settings.json:
         console.result(json.dumps(answer.to_dict(), ensure_ascii=False))
+    elif len(answer.answers) > 1:
+        for number, sample in enumerate(answer.answers, 1):
+            printer.sample(number, len(answer.answers), sample)
+    else:
+        printer.finish()
     console.detail(
-        f"{answer.prompt_tokens} prompt tokens and {answer.completion_tokens} new ones "
+        f"{answer.prompt_tokens} prompt tokens and {sum(one.completion_tokens for one in answer.answers)} new ones "
         f"in {answer.timings['total_s']:.1f} s"
     )
 
@@ -280,6 +313,16 @@ class AnswerPrinter:
             console.result("\n")
         self._write(piece)
         self._wrote = True
+
+    def sample(self, number: int, count: int, sample: Sample) -> None:
+        """One whole answer of several, below a line that numbers it, with a line between it and the last."""
+        self._thought = self._wrote = False
+        self._write(("\n" if number > 1 else "") + f"{number} of {count}:\n")
+        if sample.reasoning:
+            self.reasoning(sample.reasoning)
+        if sample.text:
+            self.text(sample.text)
+        self.finish()
 
     def finish(self) -> None:
         console.end_reasoning()

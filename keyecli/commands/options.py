@@ -72,6 +72,17 @@ MODEL = {
     "kernels": _text(
         "Model", "KIND", "--kernels", help="triton, or reference: plain PyTorch. Default: triton on cuda."
     ),
+    "quant": _text(
+        "Model", "KIND", "--quant", help="Quantise the weights on the way: int4, int8 or fp8. Default: none."
+    ),
+    "cache": _flag(
+        "Model",
+        "--cache/--no-cache",
+        help="Keep encoded frames on disk for later questions. Default: --cache.",
+    ),
+    "cache_size": _number(
+        "Model", "GIB", "--cache-size", "Keep at most this much of them; see keye cache. Default: 10."
+    ),
 }
 
 FRAMES = {
@@ -96,8 +107,21 @@ ANSWER = {
     "temperature": _number(
         "Answer", "T", "--temperature", "0 (default) is the likeliest token; above, draw."
     ),
+    "top_k": _whole("Answer", "--top-k", "Draw from so many of the likeliest. Default: 0, all."),
     "top_p": _number("Answer", "P", "--top-p", "Draw from the likeliest that sum up to this. Default: 1."),
+    "min_p": _number(
+        "Answer", "P", "--min-p", "Draw from those at least so likely as P times the likeliest."
+    ),
+    "repetition_penalty": _number(
+        "Answer", "X", "--repetition-penalty", "Above 1, what was there before is less likely. Default: 1."
+    ),
     "seed": _whole("Answer", "--seed", "The same seed draws the same answer. Default: 0."),
+    "stop": Annotated[
+        list[str] | None,
+        _option(
+            "Answer", "--stop", metavar="TEXT", help="End before TEXT, in the reasoning too. Repeatable."
+        ),
+    ],
     "think": _flag("Answer", "--think/--no-think", help="Reason before answering. Default: --think."),
     "show_thinking": _flag(
         "Answer",

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from keyecli.engine.generate import GenerationSettings, StopReason, generate, stop_token_ids
-from keyecli.engine.loaded import LoadedModel, OnProgress, free_memory_bytes, memory_limits, torch_dtype
+from keyecli.engine.loaded import (
+    LoadedModel,
+    OnProgress,
+    free_memory_bytes,
+    memory_limits,
+    new_cache,
+    run_arguments,
+)
 from keyecli.engine.plan import (
     DTYPE_BYTES,
     InputPlan,
@@ -125,7 +132,7 @@ class Conversation:
         prompt_tokens = len(lay_out([visual_of(plan) for plan in plans]).input_ids)
         planned = _planned(loaded, plans, prompt_tokens, answer_tokens)
         with memory_limits(loaded.device):
-            cache = _new_cache(loaded, cache_tokens(plans, planned.total_tokens))
+            cache = new_cache(loaded, cache_tokens(plans, planned.total_tokens))
             prefilled = prefill_stream(
                 loaded,
                 plans,
@@ -255,7 +262,7 @@ class Conversation:
         larger = min(tokens + ROOM_TOKENS, max(tokens, loaded.config.max_position_embeddings))
         if free is not None and larger * need > free * tokens:
             larger = tokens
-        self._cache, self._static = _moved(self._cache, _new_cache(loaded, larger), held), None
+        self._cache, self._static = _moved(self._cache, new_cache(loaded, larger), held), None
 
     def _feed(self, prompt: Prompt, begin: int) -> Tensor:
         """Prefill the prompt from token `begin` on and return the last token's state [1, 1, D]."""
@@ -296,13 +303,9 @@ def _planned(
         planned = plan_run(
             plans,
             loaded.config,
-            model=loaded.name,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            kernels=loaded.kernels,
+            **run_arguments(loaded),
             max_tokens=answer_tokens,
             prompt_tokens=prompt_tokens + min(room, spare),
-            free_bytes=free_memory_bytes(loaded.device),
             weights_loaded=True,
         )
         planned.check()
@@ -312,10 +315,6 @@ def _planned(
         return plan(ROOM_TOKENS)
     except MemoryLimitError:
         return plan(QUESTION_TOKENS)
-
-
-def _new_cache(loaded: LoadedModel, capacity: int) -> KeyeCache:
-    return KeyeCache(loaded.config, capacity, dtype=torch_dtype(loaded.dtype), device=loaded.device)
 
 
 def _moved(cache: KeyeCache, larger: KeyeCache, length: int) -> KeyeCache:

@@ -257,7 +257,8 @@ def generate_together(
     them may get, less one. `ahead`: start each step before the tokens that it feeds are read, so that the device never
     waits for the host; the first token, and each where a constraint has to see it, is read before all the same.
     """
-    sequences = [_Sequence(tokenizer, begun, stop_ids) for begun in prompts]
+    hidden_ids = hidden_token_ids(tokenizer)
+    sequences = [_Sequence(begun, TextStream(tokenizer, hidden_ids), stop_ids) for begun in prompts]
     constrained = any(begun.constraint is not None for begun in prompts)
     logits = torch.stack([begun.logits for begun in prompts])
     settings = [begun.settings for begun in prompts]
@@ -320,10 +321,10 @@ class _Choice:
 class _Sequence:
     """What has been generated of one sequence, and whether it goes on."""
 
-    def __init__(self, tokenizer: Any, begun: Begun, stop_ids: Collection[int]) -> None:
+    def __init__(self, begun: Begun, stream: TextStream, stop_ids: Collection[int]) -> None:
         self._begun = begun
+        self._stream = stream
         self._stop_ids = stop_ids
-        self._stream = TextStream(tokenizer, hidden_token_ids(tokenizer))
         self._stops = StopStrings(() if begun.constraint else begun.settings.stop)
         self._token_ids: list[int] = []
         self._log_probabilities: list[float] = []

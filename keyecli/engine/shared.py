@@ -23,9 +23,9 @@ from keyecli.engine.loaded import (
     LoadedModel,
     ModelFiles,
     OnProgress,
-    free_memory_bytes,
     memory_limits,
-    torch_dtype,
+    new_cache,
+    run_arguments,
 )
 from keyecli.engine.plan import DTYPE_BYTES, InputPlan, RunPlan, cache_bytes_per_token, plan_run
 from keyecli.engine.static import StaticDecoder, decoder_for
@@ -41,6 +41,8 @@ OnText = Callable[[str], None]
 
 # What choosing a token holds for each entry of the vocabulary, of one sequence: logits, sorted scores and ids, weights, sums.
 SAMPLING_BYTES_PER_ENTRY = 48
+# By so much of itself a plan may be wrong; what only saves time must not be what fills the device.
+PLAN_ERROR = 0.05
 
 MakeConstraint = Callable[[int, bool], Constraint]
 """Told how many tokens an answer may have and whether it begins inside `<think>`; a new constraint for it."""
@@ -152,7 +154,7 @@ class SharedPrefix:
         together = sequences_together(loaded, planned, room, together)
         with memory_limits(loaded.device):
             rows = cache_tokens(plans, planned.total_tokens) + (together - 1) * room
-            cache = KeyeCache(loaded.config, rows, dtype=torch_dtype(loaded.dtype), device=loaded.device)
+            cache = new_cache(loaded, rows)
             prefilled = prefill_stream(
                 loaded,
                 plans,
@@ -338,7 +340,8 @@ def sequences_together(files: ModelFiles, planned: RunPlan, room: int, wanted: i
     each = room * per_row + files.config.vocab_size * SAMPLING_BYTES_PER_ENTRY
     fit = wanted
     if planned.free_bytes is not None:
-        fit = 1 + (planned.free_bytes - planned.needed_bytes) // each
+        needed = planned.needed_bytes + int(planned.needed_bytes * PLAN_ERROR)
+        fit = 1 + (planned.free_bytes - needed) // each
     return max(1, min(wanted, fit, DECODE_TOKENS))
 
 
@@ -351,13 +354,9 @@ def shared_plan(
     return plan_run(
         plans,
         loaded.config,
-        model=loaded.name,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        kernels=loaded.kernels,
+        **run_arguments(loaded),
         max_tokens=answer_tokens,
         prompt_tokens=shared + question_room_tokens,
-        free_bytes=free_memory_bytes(loaded.device),
         weights_loaded=True,
     )
 

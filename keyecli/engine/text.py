@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 
 from keyecli.engine.generate import GenerationSettings, generate, stop_token_ids
-from keyecli.engine.loaded import LoadedModel, free_memory_bytes, memory_limits, torch_dtype
+from keyecli.engine.loaded import LoadedModel, memory_limits, new_cache, run_arguments
 from keyecli.engine.plan import plan_run
 from keyecli.engine.shared import OnText, SharedAnswer
 from keyecli.engine.stream import Timings, prefill_stream
 from keyecli.engine.thinking import AnswerSplitter, Pieces
-from keyecli.model.cache import KeyeCache
 from keyecli.model.prompt import Prompt, Visual, build_prompt
 
 
@@ -42,19 +41,14 @@ def answer_text(
     planned = plan_run(
         (),
         loaded.config,
-        model=loaded.name,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        kernels=loaded.kernels,
+        **run_arguments(loaded),
         max_tokens=settings.max_tokens,
         prompt_tokens=prompt_tokens,
-        free_bytes=free_memory_bytes(loaded.device),
         weights_loaded=True,
     )
     planned.check()
     with memory_limits(loaded.device):
-        dtype = torch_dtype(loaded.dtype)
-        cache = KeyeCache(loaded.config, planned.total_tokens, dtype=dtype, device=loaded.device)
+        cache = new_cache(loaded, planned.total_tokens)
         prefilled = prefill_stream(loaded, (), lay_out, cache, timings=timings)
         splitter = AnswerSplitter(prefilled.prompt.thinking_open)
 

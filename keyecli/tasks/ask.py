@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from keyecli import __version__
-from keyecli.engine.generate import GenerationSettings, StopReason, generate, stop_token_ids
-from keyecli.engine.loaded import LoadedModel, OnProgress, free_memory_bytes, memory_limits, torch_dtype
+from keyecli.engine.generate import Generation, GenerationSettings, StopReason, generate, stop_token_ids
+from keyecli.engine.loaded import LoadedModel, OnProgress, memory_limits, new_cache, run_arguments
 from keyecli.engine.plan import InputPlan, plan_inputs, plan_run
+from keyecli.engine.samples import draw_samples
+from keyecli.engine.shared import sequences_together
 from keyecli.engine.stream import Timings, cache_tokens, prefill_stream, visual_of
 from keyecli.errors import KeyeWarning, UsageError
-from keyecli.model.cache import KeyeCache
 from keyecli.model.prompt import Prompt, Visual, build_prompt
-from keyecli.tasks.parse import AnswerSplitter, Pieces
+from keyecli.tasks.ask_request import check_samples
+from keyecli.tasks.parse import AnswerSplitter, Pieces, split_answer
 from keyecli.video.decode import report_cut_off
 from keyecli.video.sampling import SamplingSettings
 from keyecli.video.source import VideoInfo, probe
@@ -70,10 +72,25 @@ class InputReport:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One answer of perhaps several: `text` is the answer alone, `reasoning` what the model thought first.
+
+    `stop_reason` is "stop" when the model, or a stop string, ended it and "length" when the room for the answer did.
+    """
+
+    text: str
+    reasoning: str
+    completion_tokens: int
+    stop_reason: StopReason
+    seed: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer and what it rests on: `text` is the answer alone, `reasoning` what the model thought first.
 
-    `stop_reason` is "stop" when the model ended by itself and "length" when the room for the answer did.
+    `answers` are all that were drawn; `text`, `reasoning`, `completion_tokens`, `stop_reason` and `seed` are those of the
+    first. `stop_reason` is "stop" when the model, or a stop string, ended it and "length" when the room for the answer did.
     `timings` are seconds: decode_s, encode_s, prefill_s, generate_s, and total_s, which includes opening
     the files.
     """
@@ -93,6 +110,7 @@ class Answer:
     device: str
     dtype: str
     seed: int
+    answers: tuple[Sample, ...]
 
     def __str__(self) -> str:
         return self.text
@@ -116,6 +134,7 @@ class Answer:
             "device": self.device,
             "dtype": self.dtype,
             "seed": self.seed,
+            "answers": [asdict(sample) for sample in self.answers],
         }
 
 
@@ -125,17 +144,22 @@ def ask(
     question: str,
     settings: AskSettings,
     *,
+    n: int = 1,
     on_text: OnText | None = None,
     on_reasoning: OnText | None = None,
     on_progress: OnProgress | None = None,
 ) -> Answer:
     """Answer `question` about one or several videos and images, which the model sees in the order given.
 
-    `on_text` and `on_reasoning` receive the pieces as they come. UsageError: no input, no question,
-    subtitles with several videos, a prompt longer than the context; InputError: an input that cannot be
+    `n` answers are drawn, number i from 0 on as one alone would be with i added to the seed. `on_text` and `on_reasoning`
+    receive the pieces of a single one as they come. UsageError: no input, no question, subtitles with several videos, a
+    prompt longer than the context, several answers at temperature 0 or in pieces; InputError: an input that cannot be
     read; MemoryLimitError. Warns (KeyeWarning) about damaged inputs and about an answer that was cut off.
     """
     begin = time.perf_counter()
+    check_samples(n, settings.generation.temperature)
+    if n > 1 and (on_text or on_reasoning):
+        raise UsageError("only a single answer comes in pieces: leave on_text and on_reasoning out")
     question = checked_question(question)
     refuse_reserved_words(question, loaded.tokenizer)
     infos = open_inputs(inputs, settings)
@@ -151,22 +175,20 @@ def ask(
     planned = plan_run(
         plans,
         loaded.config,
-        model=loaded.name,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        kernels=loaded.kernels,
+        **run_arguments(loaded),
         max_tokens=settings.generation.max_tokens,
         prompt_tokens=len(lay_out([visual_of(plan) for plan in plans]).input_ids),
-        free_bytes=free_memory_bytes(loaded.device),
         weights_loaded=True,
     )
     planned.check()
 
     timings = Timings(seconds=dict.fromkeys(STAGES, 0.0), device=loaded.device)
+    seed = settings.generation.seed
+    drawn = [replace(settings.generation, max_tokens=planned.max_tokens, seed=seed + i) for i in range(n)]
+    together = sequences_together(loaded, planned, planned.max_tokens, n)
     with memory_limits(loaded.device):
-        dtype = torch_dtype(loaded.dtype)
-        room = cache_tokens(plans, planned.total_tokens)
-        cache = KeyeCache(loaded.config, room, dtype=dtype, device=loaded.device)
+        room = cache_tokens(plans, planned.total_tokens) + (together - 1) * planned.max_tokens
+        cache = new_cache(loaded, room)
         prefilled = prefill_stream(
             loaded,
             plans,
@@ -177,21 +199,38 @@ def ask(
             timings=timings,
             on_progress=on_progress,
         )
-        splitter = AnswerSplitter(prefilled.prompt.thinking_open)
-        generation_settings = replace(settings.generation, max_tokens=planned.max_tokens)
+        prompt = prefilled.prompt
+        stop_ids = stop_token_ids(loaded.config, loaded.tokenizer, loaded.generation_config)
+        on_token = (lambda count: on_progress("answering", count, None)) if on_progress else None
         with timings.measure("generate_s"):
-            generation = generate(
-                loaded.model,
-                loaded.tokenizer,
-                cache,
-                prefilled.hidden,
-                prefilled.prompt.next_position,
-                generation_settings,
-                stop_ids=stop_token_ids(loaded.config, loaded.tokenizer, loaded.generation_config),
-                on_text=lambda piece: _deliver(splitter.add(piece), on_text, on_reasoning),
-                on_token=(lambda count: on_progress("answering", count, None)) if on_progress else None,
-            )
-            _deliver(splitter.finish(), on_text, on_reasoning)
+            if n == 1:
+                splitter = AnswerSplitter(prompt.thinking_open)
+                generation = generate(
+                    loaded.model,
+                    loaded.tokenizer,
+                    cache,
+                    prefilled.hidden,
+                    prompt.next_position,
+                    drawn[0],
+                    stop_ids=stop_ids,
+                    prompt_ids=prompt.input_ids,
+                    on_text=lambda piece: _deliver(splitter.add(piece), on_text, on_reasoning),
+                    on_token=on_token,
+                )
+                _deliver(splitter.finish(), on_text, on_reasoning)
+                generations = [generation]
+            else:
+                generations = draw_samples(
+                    loaded,
+                    cache,
+                    prefilled.hidden,
+                    prompt.next_position,
+                    drawn,
+                    stop_ids=stop_ids,
+                    prompt_ids=prompt.input_ids,
+                    together=together,
+                    on_token=on_token,
+                )
 
     return answer_of(
         loaded,
@@ -199,14 +238,19 @@ def ask(
         settings,
         plans,
         prefilled.times_s,
-        text=splitter.text,
-        reasoning=splitter.reasoning,
-        prompt_tokens=len(prefilled.prompt.input_ids),
-        completion_tokens=len(generation.token_ids),
-        stop_reason=generation.stop_reason,
+        samples=[
+            _sample(generation, prompt.thinking_open, one.seed)
+            for generation, one in zip(generations, drawn, strict=True)
+        ],
+        prompt_tokens=len(prompt.input_ids),
         max_tokens=planned.max_tokens,
         timings={**timings.seconds, "total_s": time.perf_counter() - begin},
     )
+
+
+def _sample(generation: Generation, thinking_open: bool, seed: int) -> Sample:
+    reasoning, text = split_answer(generation.text, thinking_open)
+    return Sample(text, reasoning, len(generation.token_ids), generation.stop_reason, seed)
 
 
 def answer_of(
@@ -216,33 +260,31 @@ def answer_of(
     plans: Sequence[InputPlan],
     times_s: Sequence[tuple[Fraction, ...]],
     *,
-    text: str,
-    reasoning: str,
+    samples: Sequence[Sample],
     prompt_tokens: int,
-    completion_tokens: int,
-    stop_reason: StopReason,
     max_tokens: int,
     timings: dict[str, float],
 ) -> Answer:
     """What was generated, as an Answer; `times_s` are the frames that came for each input, `max_tokens` what there was room for.
 
-    Warns (KeyeWarning) about an answer that was cut off.
+    Warns (KeyeWarning) about answers that were cut off.
     """
-    if stop_reason == "length":
+    if any(sample.stop_reason == "length" for sample in samples):
         _warn_cut_off(max_tokens, settings.generation.max_tokens)
+    first = samples[0]
     return Answer(
-        text=text,
-        reasoning=reasoning,
+        text=first.text,
+        reasoning=first.reasoning,
         question=question,
         inputs=tuple(
             report_input(plan, times, settings.sampling) for plan, times in zip(plans, times_s, strict=True)
         ),
         prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        stop_reason=stop_reason,
+        completion_tokens=first.completion_tokens,
+        stop_reason=first.stop_reason,
         timings=timings,
         settings={
-            **asdict(replace(settings.generation, max_tokens=max_tokens)),
+            **replace(settings.generation, max_tokens=max_tokens).to_dict(),
             "think": settings.think,
             "strict": settings.strict,
             "subtitles": None if settings.subtitles is None else str(settings.subtitles),
@@ -252,7 +294,8 @@ def answer_of(
         keye_version=__version__,
         device=loaded.device,
         dtype=loaded.dtype,
-        seed=settings.generation.seed,
+        seed=first.seed,
+        answers=tuple(samples),
     )
 
 

@@ -279,7 +279,7 @@ def _grounding(
         stop_reason="length" if any(f.stop_reason == "length" for f in findings) else "stop",
         timings=timings,
         settings={
-            **asdict(generation),
+            **generation.to_dict(),
             "think": settings.ask.think,
             "strict": settings.ask.strict,
             "subtitles": None if settings.ask.subtitles is None else str(settings.ask.subtitles),

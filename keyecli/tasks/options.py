@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -22,8 +23,9 @@ class AskOptions(TypedDict, total=False):
     together; min_pixels, max_pixels: area of a frame or image (784 pixels are one token); adaptive_budget:
     fewer tokens for clips under 17 minutes; start, end, duration: the part of each video; exact_resize:
     resize as in training; strict: refuse damaged files; subtitles: a file for the model to read;
-    max_tokens: longest answer; temperature: 0 takes the most probable token; top_p, seed: how tokens are
-    drawn above 0; think: reason first.
+    max_tokens: longest answer; temperature: 0 takes the most probable token; top_k, top_p, min_p, seed: how
+    tokens are drawn above 0; repetition_penalty: above 1, tokens that were there before are less likely; stop:
+    a text before which the answer ends, or several; think: reason first.
     """
 
     fps: float | None
@@ -40,8 +42,12 @@ class AskOptions(TypedDict, total=False):
     subtitles: str | Path | None
     max_tokens: int | None
     temperature: float | None
+    top_k: int | None
     top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
+    stop: str | Sequence[str] | None
     think: bool | None
 
 
@@ -53,7 +59,10 @@ def ask_settings(preprocessor: Preprocessor, **options: Unpack[AskOptions]) -> A
         raise UsageError(f"there is no option {unknown[0]}; known are {known}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     start_s, end_s = parse_span(given.get("start"), given.get("end"), given.get("duration"))
-    defaults = GenerationSettings()
+    # What is not given has its default there.
+    chosen = {name: given[name] for name in GenerationSettings.__dataclass_fields__ if name in given}
+    if "stop" in chosen:
+        chosen["stop"] = (chosen["stop"],) if isinstance(chosen["stop"], str) else tuple(chosen["stop"])
     subtitles = given.get("subtitles")
     return AskSettings(
         sampling=SamplingSettings(
@@ -64,12 +73,7 @@ def ask_settings(preprocessor: Preprocessor, **options: Unpack[AskOptions]) -> A
             end_s=end_s,
             exact_resize=given.get("exact_resize", False),
         ),
-        generation=GenerationSettings(
-            max_tokens=given.get("max_tokens", defaults.max_tokens),
-            temperature=given.get("temperature", defaults.temperature),
-            top_p=given.get("top_p", defaults.top_p),
-            seed=given.get("seed", defaults.seed),
-        ),
+        generation=GenerationSettings(**chosen),
         think=given.get("think", True),
         strict=given.get("strict", False),
         subtitles=None if subtitles is None else Path(subtitles),

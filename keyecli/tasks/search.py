@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Unpack
 
-from keyecli.engine.loaded import ModelFiles, free_memory_bytes
+from keyecli.engine.loaded import ModelFiles, run_arguments
 from keyecli.engine.plan import RunPlan, plan_run
 from keyecli.errors import InputError, UsageError
 from keyecli.model.checkpoint import Preprocessor
@@ -170,13 +170,9 @@ def _plan_window(
     return plan_run(
         [plan],
         files.config,
-        model=files.name,
-        device=files.device,
-        dtype=files.dtype,
-        kernels=files.kernels,
+        **run_arguments(files),
         max_tokens=settings.ask.generation.max_tokens,
         text=prompt_text(question, [plan], settings.ask, origin_s=window.start_s),
-        free_bytes=free_memory_bytes(files.device),
         weights_loaded=weights_loaded,
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
-from keyecli.engine.loaded import LoadedModel, ModelFiles, free_memory_bytes
+from keyecli.engine.loaded import LoadedModel, ModelFiles, run_arguments
 from keyecli.engine.plan import InputPlan, RunPlan, plan_inputs, plan_run
 from keyecli.engine.shared import question_tokens, shared_plan
 from keyecli.errors import InputError, KeyeWarning
@@ -123,13 +123,9 @@ def _planned(files: ModelFiles, info: VideoInfo, settings: AskSettings, question
         run = plan_run(
             plans,
             files.config,
-            model=files.name,
-            device=files.device,
-            dtype=files.dtype,
-            kernels=files.kernels,
+            **run_arguments(files),
             max_tokens=settings.generation.max_tokens,
             text=text,
-            free_bytes=free_memory_bytes(files.device),
         )
     asked_end_s = settings.sampling.end_s
     end_s = info.duration_s if asked_end_s is None else min(info.duration_s, asked_end_s)

@@ -255,7 +255,7 @@ def summarize(
         stop_reason=stop_reason,
         timings={**timings.seconds, "total_s": time.perf_counter() - begin},
         settings={
-            **asdict(settings.ask.generation),
+            **settings.ask.generation.to_dict(),
             "think": settings.ask.think,
             "strict": settings.ask.strict,
             "subtitles": None if settings.ask.subtitles is None else str(settings.ask.subtitles),

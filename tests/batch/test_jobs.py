@@ -61,6 +61,7 @@ def test_options_are_those_of_python() -> None:
         "Time | None": "a time",
         "str | None": "text",
         "str | Path | None": "text",
+        "str | Sequence[str] | None": "text or a list of texts",
         "Style | None": "text",
         'int | Literal["auto"] | None': "a whole number or auto",
     }
@@ -105,6 +106,10 @@ GOOD = {"task": "ask", "inputs": "a.mp4", "question": "What?"}
         ({**GOOD, "options": {"fsp": 1}}, "has the option 'fsp', which ask does not take; did you mean fps?"),
         ({**GOOD, "options": {"fps": "two"}}, "sets fps to 'two', but it is a number"),
         ({**GOOD, "options": {"max_tokens": True}}, "sets max_tokens to True, but it is a whole number"),
+        (
+            {**GOOD, "options": {"stop": ["a", 1]}},
+            "sets stop to ['a', 1], but it is text or a list of texts",
+        ),
         ({**GOOD, "options": {"refine": True}}, "has the option 'refine', which ask does not take"),
         ({**GOOD, "id": "same"}, "has the id 'same', which line 1 of jobs.jsonl has too"),
     ],

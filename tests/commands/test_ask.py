@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -76,13 +77,63 @@ def test_show_thinking_puts_the_reasoning_before_the_answer(
             on_reasoning(piece)
         for piece in ("It ", "bounces."):
             on_text(piece)
-        return type("Answer", (), {"prompt_tokens": 1, "completion_tokens": 4, "timings": {"total_s": 0.5}})
+        return SimpleNamespace(
+            prompt_tokens=1, answers=[SimpleNamespace(completion_tokens=4)], timings={"total_s": 0.5}
+        )
 
     monkeypatch.setattr(session.Keye, "ask", ask)
     shown = keye("ask", str(clip), "What happens?", "--show-thinking")
     assert shown == (0, "I see a ball.\n\nIt bounces.\n", "")
     hidden = keye("ask", str(clip), "What happens?", "-v")
     assert hidden == (0, "It bounces.\n", "I see a ball.\nkeye: 1 prompt tokens and 4 new ones in 0.5 s\n")
+
+
+def test_several_answers_one_below_the_other(keye: Keye, clip: Path) -> None:
+    options = ("--temperature", "1", "--seed", "5", "--top-k", "50", "--min-p", "0.01", "--no-think")
+    answer = answer_of(keye, str(clip), "What happens?", *options, "-n", "3")
+    assert [sample["seed"] for sample in answer["answers"]] == [5, 6, 7]
+    assert {name: answer[name] for name in answer["answers"][0]} == answer["answers"][0]
+    second = answer_of(keye, str(clip), "What happens?", *options, "--seed", "6")
+    assert second["answers"] == answer["answers"][1:2]
+    code, out, err = keye("ask", str(clip), "What happens?", *options, "--samples", "3", *FEW)
+    texts = [sample["text"] for sample in answer["answers"]]
+    assert (code, err) == (0, CUT_OFF)
+    assert out == "\n".join(f"{number} of 3:\n{text}\n" for number, text in enumerate(texts, 1))
+    # Below the name of each file, and with the reasoning before each answer.
+    options = (*options[:-1], "--show-thinking", *FEW)
+    code, out, _ = keye("ask", str(clip), "What happens?", *options, "-n", "2", "--each")
+    thoughts = [
+        sample["reasoning"]
+        for sample in answer_of(keye, str(clip), "What happens?", *options, "-n", "2")["answers"]
+    ]
+    assert out == f"{clip}\n1 of 2:\n{thoughts[0]}\n\n2 of 2:\n{thoughts[1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("-n", "2"),
+            "--samples 2 needs --temperature above 0: at 0 all the answers would be the same",
+        ),
+        (("--samples", "0"), "--samples must be at least 1, not 0"),
+        (("--stop", ""), "--stop must not be empty"),
+        (("--min-p", "2"), "--min-p must be from 0 to 1, not 2.0"),
+        (("--top-k", "few"), "--top-k is 'few', but it must be a whole number"),
+    ],
+)
+def test_ways_to_draw_that_cannot_be(
+    keye: Keye, clip: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    assert keye("ask", str(clip), "What?", *arguments) == (2, "", f"keye: {sentence}\n")
+
+
+def test_the_answer_ends_before_a_stop_string(keye: Keye, clip: Path) -> None:
+    options = (str(clip), "What happens?", "--no-think", "--temperature", "1", *FEW)
+    whole = json.loads(keye("ask", *options, "--json")[1])["text"]
+    stop = whole[4:6]
+    expected = whole[: whole.index(stop)].rstrip()
+    assert keye("ask", *options, "--stop", "never there", "--stop", stop) == (0, expected + "\n", "")
 
 
 def test_the_question_from_stdin(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +541,9 @@ def test_a_failure_in_the_middle_of_an_answer_ends_its_line(
         if path == ALL[0]:
             raise InputError(f"{path} can no longer be read")
         on_text("bounces.")
-        return type("Answer", (), {"prompt_tokens": 1, "completion_tokens": 4, "timings": {"total_s": 0.5}})
+        return SimpleNamespace(
+            prompt_tokens=1, answers=[SimpleNamespace(completion_tokens=4)], timings={"total_s": 0.5}
+        )
 
     monkeypatch.setattr(session.Keye, "ask", ask)
     code, out, err = keye("ask", *ALL[:2], "What?", "--each")

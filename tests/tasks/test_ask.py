@@ -36,6 +36,7 @@ FIELDS = {
     "device": str,
     "dtype": str,
     "seed": int,
+    "answers": list,
 }
 SUBTITLES = """1
 00:00:00,500 --> 00:00:01,200
@@ -66,17 +67,25 @@ def test_record_of_an_answer(keye: Keye, clip: Path, tiny_checkpoint: Path) -> N
     assert (record["stop_reason"], record["completion_tokens"], record["seed"]) == ("length", 6, 5)
     assert len(record["weights_revision"]) >= 8
     assert set(record["timings"]) == {"decode_s", "encode_s", "prefill_s", "generate_s", "total_s"}
-    stages = sum(seconds for stage, seconds in record["timings"].items() if stage != "total_s")
-    assert 0 < stages <= record["timings"]["total_s"]
+    stages = [seconds for stage, seconds in record["timings"].items() if stage != "total_s"]
+    assert 0 < max(stages) <= record["timings"]["total_s"]  # they overlap
     assert record["settings"] == {
         "max_tokens": 6,
         "temperature": 0.0,
+        "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "seed": 5,
+        "stop": [],
         "think": True,
         "strict": False,
         "subtitles": None,
     }
+
+    [only] = record["answers"]
+    assert only == {name: record[name] for name in only}
+    assert set(only) == {"text", "reasoning", "completion_tokens", "stop_reason", "seed"}
 
     [report] = record["inputs"]
     assert report["times_s"] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
@@ -138,6 +147,36 @@ def test_same_settings_same_answer_and_seeds_draw(keye: Keye, clip: Path) -> Non
     assert draw(temperature=1.0, seed=4)["reasoning"] != draw(temperature=1.0, seed=5)["reasoning"]
 
 
+@pytest.mark.filterwarnings("ignore::keyecli.errors.KeyeWarning")
+def test_several_answers_are_those_of_their_seeds(keye: Keye, clip: Path) -> None:
+    options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.0, "min_p": 0.01, "think": False}
+    several = keye.ask(clip, "What?", n=3, seed=4, **options)
+    assert [sample.seed for sample in several.answers] == [4, 5, 6]
+    for sample in several.answers:
+        alone = keye.ask(clip, "What?", **{**options, "seed": sample.seed})
+        assert alone.answers == (sample,)
+        assert (alone.text, alone.seed) == (sample.text, sample.seed)
+    assert len({sample.text for sample in several.answers}) == 3
+    assert (several.text, several.seed) == (several.answers[0].text, 4)
+    for refused in ({"n": 0}, {"n": 2, "temperature": 0.0}, {"n": 2, "on_text": print}):
+        with pytest.raises(UsageError):
+            keye.ask(clip, "What?", **{**options, **refused})
+
+
+@pytest.mark.filterwarnings("ignore::keyecli.errors.KeyeWarning")
+def test_an_answer_ends_before_a_stop_string(keye: Keye, clip: Path) -> None:
+    pieces: list[str] = []
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "think": False}
+    whole = keye.ask(clip, "What?", **options).text
+    stop = whole[9:12]
+    assert whole.index(stop) == 9
+    answer = keye.ask(clip, "What?", stop=["never there", stop], on_text=pieces.append, **options)
+    assert answer.text == "".join(pieces) == whole[:9].rstrip()
+    assert answer.stop_reason == "stop"
+    assert answer.settings["stop"] == ["never there", stop]
+    assert keye.ask(clip, "What?", stop=stop, **options).text == answer.text
+
+
 def test_streams_add_up_and_thinking_is_kept_apart(keye: Keye, clip: Path) -> None:
     text: list[str] = []
     reasoning: list[str] = []
@@ -155,7 +194,10 @@ def test_answer_is_split_when_the_model_writes_the_tags(
     keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = iter(keye.tokenizer.encode("It bounces.\n</think>\n\n<answer>A ball ⚽</answer><|im_end|>"))
-    monkeypatch.setattr("keyecli.engine.generate.Sampler.pick", lambda self, logits: next(words))
+    monkeypatch.setattr(
+        "keyecli.engine.generate.Sampler.pick",
+        lambda self, logits, forbidden: (torch.tensor([next(words)]), torch.zeros(1)),
+    )
     pieces: list[str] = []
     answer = keye.ask(clip, "What?", on_text=pieces.append)
     assert (answer.reasoning, answer.text, answer.stop_reason) == ("It bounces.", "A ball ⚽", "stop")
@@ -284,11 +326,12 @@ def test_progress_goes_through_the_stages(keye: Keye, clip: Path, tiny_checkpoin
     seen: list[tuple[str, float, float | None]] = []
     load(tiny_checkpoint, device="cpu", on_progress=lambda *report: seen.append(report))
     keye.ask(clip, "What?", max_tokens=3, on_progress=lambda *report: seen.append(report))
-    assert list(dict.fromkeys(name for name, _, _ in seen)) == [
+    assert list(dict.fromkeys(" ".join(name.split()[:2]) for name, _, _ in seen)) == [
         "loading weights",
         "reading frames",
         "answering",
     ]
+    assert ("reading frames 9/9 decoded, 9 encoded, 9 prefilled", 9, 9) in seen
     assert seen[-1] == ("answering", 3, None)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from keyecli.engine.generate import GenerationSettings
 from keyecli.errors import UsageError
 from keyecli.model.checkpoint import Preprocessor
 from keyecli.tasks.options import AskOptions, ask_settings
@@ -41,8 +42,12 @@ def test_options_reach_their_settings() -> None:
         subtitles="a.srt",
         max_tokens=7,
         temperature=0.5,
+        top_k=40,
         top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.1,
         seed=3,
+        stop=["END", "\n\n"],
         think=False,
     )
     sampling, generation = settings.sampling, settings.generation
@@ -54,6 +59,9 @@ def test_options_reach_their_settings() -> None:
         0.9,
         3,
     )
+    assert (generation.top_k, generation.min_p, generation.repetition_penalty) == (40, 0.05, 1.1)
+    assert generation.stop == ("END", "\n\n")
+    assert ask_settings(PREPROCESSOR, stop="END").generation == GenerationSettings(stop=("END",))
     assert (settings.think, settings.strict, settings.subtitles) == (False, True, Path("a.srt"))
 
 

@@ -106,8 +106,12 @@ def test_record_of_a_summary(
         "settings": {
             "max_tokens": 2048,
             "temperature": 0.0,
+            "top_k": 0,
             "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
             "seed": 5,
+            "stop": [],
             "think": True,
             "strict": False,
             "subtitles": None,
