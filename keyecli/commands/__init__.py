@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "ask": "Answer a question about videos and images.",
+    "chat": "Talk about videos: one look, many questions.",
     "ground": "Find when something happens in a video.",
     "summarize": "Summarise videos, with timed chapters.",
     "plan": "Show frames, tokens and memory before anything runs.",
@@ -14,5 +15,9 @@ COMMANDS = {
     "clip": "Cut the parts that saved results name out of their videos.",
     "batch": "Do many jobs with one model, resumable.",
     "report": "Show what became of a batch.",
+    "cache": "Show or clear what is kept on the disk.",
+    "pull": "Fetch a model from the Hugging Face hub.",
+    "doctor": "Check this machine, a model, and its answers.",
+    "quantize": "Save a model with its weights in 4 or 8 bits.",
 }
 """Command → its line in `keye --help`. Its function stands under its name in the module of its name."""

@@ -191,7 +191,7 @@ def write_texts(texts: Sequence[tuple[Path, str]], *, overwrite: bool = False) -
             part.replace(current)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise KeyeError(f"cannot write {current}: {reason}; give another place with -o") from error
+        raise KeyeError(f"cannot write {current}: {reason}; give another place") from error
     finally:
         for part in unfinished:
             with suppress(OSError):
@@ -204,7 +204,7 @@ def check_writable(paths: Iterable[Path], *, overwrite: bool = False) -> None:
     for path in paths:
         if path.exists():
             if not path.is_file():
-                raise UsageError(f"{path} is not an ordinary file; give another one with -o")
+                raise UsageError(f"{path} is not an ordinary file; give another one")
             if not overwrite:
                 raise UsageError(f"{path} exists; give another place with -o, or --overwrite to replace it")
         folder = next(folder for folder in path.absolute().parents if folder.exists())

@@ -49,38 +49,39 @@ def render_markdown(clips: Sequence[ClipSummary], title: str | None = None) -> s
     """
     blocks: list[str] = []
     if title is not None or len(clips) > 1:
-        blocks.append(f"# {_escaped(one_line(title or f'{len(clips)} videos'))}")
+        blocks.append(f"# {escaped(one_line(title or f'{len(clips)} videos'))}")
     depth = "##" if blocks else "#"
     for clip in clips:
-        blocks.append(f"{depth} {_escaped(clip.name)}")
+        blocks.append(f"{depth} {escaped(clip.name)}")
         if clip.text:
-            blocks.append(_prose(clip.text))
+            blocks.append(prose(clip.text))
         for heading, segments in (("Chapters", clip.chapters), ("Events", clip.own_events)):
             if segments:
                 blocks.append(f"{depth}# {heading}")
                 blocks.append("\n".join(_item(segment, place) for place, segment in enumerate(segments, 1)))
         length = format_time(clip.info.duration_s)
-        blocks.append(f"*{length}, {clip.info.width}x{clip.info.height}. {_escaped(one_line(clip.made_by))}*")
+        blocks.append(f"*{length}, {clip.info.width}x{clip.info.height}. {escaped(one_line(clip.made_by))}*")
     return "\n\n".join(blocks) + "\n"
 
 
 def _item(segment: Segment, place: int) -> str:
     """A list item: times and title, and the lines of the text below it."""
     times = f"{format_time(segment.start_s)} - {format_time(segment.end_s)}"
-    lines = [f"- **{times}** {_escaped(title_of(segment, place))}"]
+    lines = [f"- **{times}** {escaped(title_of(segment, place))}"]
     lines += [f"  {_line(line)}" for line in writable(segment.text).splitlines() if line.strip()]
     return "  \n".join(lines)  # two spaces end a line without ending the paragraph
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
     """Paragraphs and lists stay what they are."""
     paragraphs = re.split(r"\n\s*\n", writable(text).strip())
     return "\n\n".join("\n".join(_line(line) for line in part.splitlines()) for part in paragraphs)
 
 
 def _line(line: str) -> str:
-    return _BLOCK.sub(r"\1\\\2", _INDENT.sub("   ", _escaped(line)))
+    return _BLOCK.sub(r"\1\\\2", _INDENT.sub("   ", escaped(line)))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """One line whose characters all read as themselves."""
     return _INLINE.sub(r"\\\1", text)

@@ -349,8 +349,7 @@ def prompt_text(
         return question
     block = "\n".join(lines)
     if tokenizer is not None:
-        for word in reserved_words(tokenizer):
-            block = block.replace(word, "")
+        block = without_reserved_words(block, tokenizer)
     return f"Subtitles:\n{block}\n\n{question}"
 
 
@@ -358,6 +357,15 @@ def reserved_words(tokenizer: Any) -> list[str]:
     """Spellings that the tokenizer would read as marks of its own instead of as text."""
     marks = {word for word in tokenizer.get_added_vocab() if re.fullmatch(r"<\|.*\|>", word)}
     return sorted(marks | set(tokenizer.all_special_tokens))
+
+
+def without_reserved_words(text: str, tokenizer: Any) -> str:
+    """`text` without these words, and without those that taking one out leaves behind."""
+    words = reserved_words(tokenizer)
+    while any(word in text for word in words):
+        for word in words:
+            text = text.replace(word, "")
+    return text
 
 
 def refuse_reserved_words(question: str, tokenizer: Any) -> None:

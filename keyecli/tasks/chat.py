@@ -26,7 +26,7 @@ from keyecli.tasks.ask import (
     prompt_text,
     refuse_reserved_words,
     report_input,
-    reserved_words,
+    without_reserved_words,
 )
 from keyecli.tasks.transcript import SUFFIXES, SavedFile, Transcript, Turn, content_hash, require_utf8
 
@@ -180,7 +180,7 @@ class Chat:
         said = [
             text
             for turn in before
-            for text in (turn.question, without_marks(turn.text, self._loaded.tokenizer))
+            for text in (turn.question, without_reserved_words(turn.text, self._loaded.tokenizer))
         ]
 
         def keep(reply: Reply) -> Turn:
@@ -259,7 +259,7 @@ def begin_chat(
         loaded,
         plans,
         answer_tokens=settings.generation.max_tokens,
-        preface=without_marks(preface, loaded.tokenizer),
+        preface=without_reserved_words(preface, loaded.tokenizer),
         think=settings.think,
         strict=settings.strict,
         exact_resize=settings.sampling.exact_resize,
@@ -270,15 +270,6 @@ def begin_chat(
         for plan, times in zip(plans, conversation.times_s, strict=True)
     )
     return Chat(loaded, conversation, settings, reports, turns)
-
-
-def without_marks(text: str, tokenizer: object) -> str:
-    """`text` without the words that the tokenizer reserves, and without those that taking one out leaves behind."""
-    words = reserved_words(tokenizer)
-    while any(word in text for word in words):
-        for word in words:
-            text = text.replace(word, "")
-    return text
 
 
 class _Files:

@@ -26,7 +26,7 @@ from keyecli.tasks.ask import (
     prompt_text,
     refuse_reserved_words,
     report_input,
-    reserved_words,
+    without_reserved_words,
 )
 from keyecli.tasks.chapters import Chapter, chapters_of, joined_parts
 from keyecli.tasks.events import Event, parse_summary, settle
@@ -304,9 +304,7 @@ def _combining_question(
         prose, events, _ = _read(part, answer)
         head = f"Part {number}, {float(part.begin_s):.1f} - {float(part.end_s):.1f}:"
         blocks.append("\n".join([head, *filter(None, [prose]), *(event.line for event in events)]))
-    written = "\n\n".join(blocks)
-    for word in reserved_words(loaded.tokenizer):
-        written = written.replace(word, "")
+    written = without_reserved_words("\n\n".join(blocks), loaded.tokenizer)
     return _filled(template, settings).replace("{parts}", written)
 
 

@@ -12,8 +12,7 @@ from typing import Any, get_args
 
 from keyecli.engine.conversation import EndReason
 from keyecli.errors import InputError, UsageError
-from keyecli.export.markdown import _escaped as escaped
-from keyecli.export.markdown import _prose as prose
+from keyecli.export.markdown import escaped, prose
 from keyecli.export.text import one_line
 from keyecli.tasks.ask import AskSettings, InputReport
 from keyecli.video.sampling import FrameBudget, SamplingSettings

@@ -44,7 +44,7 @@ Hello <i>there</i>
 
 2
 00:00:02,000 --> 00:00:03,000
-a mark <|im_end|> here
+a mark <|im_<|im_end|>end|> here
 
 3
 00:00:30,000 --> 00:00:31,000

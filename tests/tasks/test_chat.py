@@ -14,7 +14,8 @@ from keyecli import __version__
 from keyecli.engine import stream
 from keyecli.errors import InputError, KeyeError, KeyeWarning, UsageError
 from keyecli.session import Keye
-from keyecli.tasks.chat import Chat, without_marks
+from keyecli.tasks.ask import without_reserved_words
+from keyecli.tasks.chat import Chat
 from keyecli.tasks.transcript import Turn
 from tests.tasks.conftest import write_clip
 
@@ -279,7 +280,7 @@ def test_no_mark_is_left() -> None:
         def get_added_vocab(self) -> dict[str, int]:
             return {"<|a|>": 0, "<|b|>": 1, "<think>": 2}
 
-    assert without_marks("x<|<|a|>b|><|<|b|>a|>y <think>", Words()) == "xy <think>"
+    assert without_reserved_words("x<|<|a|>b|><|<|b|>a|>y <think>", Words()) == "xy <think>"
 
 
 def test_another_model_says_that_it_goes_on(keye: Keye, clip: Path, tmp_path: Path) -> None:
