@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -46,7 +46,7 @@ class Command(LazyValidation, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, _with_empty_values(self.params, args))
         except typer.TyperException as error:
             # The parser's own errors do not say whose options they are about.
             if getattr(error, "ctx", None) is None:
@@ -179,6 +179,19 @@ def _new_app(*, add_completion: bool = False) -> typer.Typer:
 
 def _process_given(process: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
     return None if value is None else process(ctx, value)
+
+
+def _with_empty_values(params: Sequence[Any], arguments: list[str]) -> list[str]:
+    """The arguments, in which an option whose metavar is in brackets has an empty value where it is given without one."""
+    optional = [
+        param for param in params if not _is_argument(param) and (param.metavar or "").startswith("[")
+    ]
+    bare = {name for param in optional for name in param.opts}
+    following = [*arguments, "-"][1:]
+    return [
+        f"{argument}=" if argument in bare and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _is_argument(param: Any) -> bool:

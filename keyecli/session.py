@@ -1,18 +1,20 @@
-"""The Python way in: `load` a model, then `ask`, `ground` or `summarize`; `plan` tells the cost without the weights."""
+"""The Python way in: `load` a model, then `ask`, `chat`, `ground` or `summarize`; `plan` tells the cost without the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, overload
 
+from keyecli.engine.encoded import frame_cache
 from keyecli.engine.loaded import (
     LoadedModel,
     ModelFiles,
     OnProgress,
-    free_memory_bytes,
     load_weights,
     open_model,
+    run_arguments,
 )
 from keyecli.engine.plan import RunPlan, plan_inputs, plan_run
 from keyecli.errors import UsageError
@@ -20,6 +22,7 @@ from keyecli.model.checkpoint import Preprocessor
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 from keyecli.tasks.ask import Answer, AskSettings, Input, Inputs, OnText, ask, open_inputs, prompt_text
+from keyecli.tasks.chat import Chat, begin_chat
 from keyecli.tasks.ground import Grounding, ground
 from keyecli.tasks.options import AskOptions, ask_settings
 from keyecli.tasks.search import GroundOptions, GroundSettings, SearchPlan, ground_settings, plan_search
@@ -32,7 +35,9 @@ from keyecli.tasks.summarize import (
     summary_question,
     summary_settings,
 )
+from keyecli.tasks.transcript import read_transcript, resume
 from keyecli.video.decode import report_cut_off
+from keyecli.video.source import VideoInfo
 
 Settings = TypeVar("Settings", AskSettings, GroundSettings, SummarySettings)
 
@@ -89,6 +94,7 @@ class Keye:
         inputs: Inputs,
         question: str,
         *,
+        n: int = 1,
         settings: AskSettings | None = None,
         on_text: OnText | None = None,
         on_reasoning: OnText | None = None,
@@ -97,7 +103,7 @@ class Keye:
     ) -> Answer:
         """Answer a question about one or several videos and images, which the model sees in the order given.
 
-        `options` are those of `AskOptions`; or give `settings` whole. `on_text` and `on_reasoning` get the
+        `n` answers are drawn, each with a seed of its own, and stand in `Answer.answers`. `options` are those of `AskOptions`; or give `settings` whole. `on_text` and `on_reasoning` get the
         pieces as they come, `on_progress` a description, what is done, and of how much. Errors: see
         `keyecli.tasks.ask.ask`.
         """
@@ -106,10 +112,35 @@ class Keye:
             inputs,
             question,
             _one_of(ask_settings, self.preprocessor, settings, options),
+            n=n,
             on_text=on_text,
             on_reasoning=on_reasoning,
             on_progress=on_progress,
         )
+
+    def chat(
+        self,
+        inputs: Inputs = (),
+        *,
+        saved: str | Path | None = None,
+        settings: AskSettings | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[AskOptions],
+    ) -> Chat:
+        """Look at one or several videos and images, in the order given, to talk about them: `chat.ask(question)`.
+
+        `saved`: a file that `chat.save` wrote, to go on from; its inputs are read again from where they were, or from
+        `inputs`. `options` are those of `AskOptions`; or give `settings` whole. Errors: see `keyecli.tasks.chat.begin_chat`
+        and `keyecli.tasks.transcript.resume`.
+        """
+        chosen = _one_of(ask_settings, self.preprocessor, settings, options)
+        if saved is None:
+            return begin_chat(self.loaded, inputs, chosen, on_progress=on_progress)
+        transcript = read_transcript(saved)
+        given = [inputs] if isinstance(inputs, (str, Path, VideoInfo)) else list(inputs)
+        paths = [item.path if isinstance(item, VideoInfo) else item for item in given]
+        found, chosen = resume(transcript, paths, chosen, ask_settings(self.preprocessor).sampling)
+        return begin_chat(self.loaded, found, chosen, turns=transcript.turns, on_progress=on_progress)
 
     @overload
     def ground(
@@ -189,8 +220,12 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     kernels: str | None = None,
+    quant: str | None = None,
+    kv: str | None = None,
     revision: str | None = None,
     offline: bool = True,
+    cache: bool = True,
+    cache_size: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> Keye:
     """Load a model: a folder, a hub name in the local Hugging Face cache, no argument for the embedded nano.
@@ -199,10 +234,21 @@ def load(
     (default: bf16 on cuda, else fp32); kernels: "triton" or "reference", the definitions in PyTorch (default:
     triton on cuda, else reference). ModelError: no such model, or a damaged one; MemoryLimitError: no room for
     the weights. A kernel that does not compile for the card is a KernelError when it is first run.
+
+    quant: "int4", "int8" or "fp8" quantises experts and large linear layers on the way; a folder that `keye quantize` wrote is
+    quantised already and needs none.
+    kv: "fp8" keeps the cache's keys and values in 8 bits, half the memory of bf16, a little less exact (see
+    `keyecli.kernels.reference.stored`; default: of type dtype).
+
+    cache: keep encoded frames on disk, in `keyecli.settings.cache_folder()`, so that later questions about a clip need not
+    decode it again; cache_size: GiB of them (default: 10), beyond which the least recently used go.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
-    return Keye(load_weights(files, on_progress=on_progress))
+    files = open_model(
+        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+    )
+    loaded = load_weights(files, on_progress=on_progress)
+    return Keye(replace(loaded, frame_cache=frame_cache(cache_size) if cache else None))
 
 
 def plan(
@@ -213,18 +259,24 @@ def plan(
     device: str | None = None,
     dtype: str | None = None,
     kernels: str | None = None,
+    quant: str | None = None,
+    kv: str | None = None,
     revision: str | None = None,
     offline: bool = True,
+    cache: bool = True,
+    cache_size: float | None = None,
     settings: AskSettings | None = None,
     **options: Unpack[AskOptions],
 ) -> RunPlan:
     """What a run will take, worked out from the model's configuration without loading its weights.
 
-    `RunPlan.check()` refuses a run that does not fit the context or the device. A KeyeWarning says where a cut-off
-    file ends.
+    Takes what `load` takes. `RunPlan.check()` refuses a run that does not fit the context or the device. A KeyeWarning
+    says where a cut-off file ends.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
+    files = open_model(
+        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+    )
     chosen = _one_of(ask_settings, files.preprocessor, settings, options)
     return _plan(files, inputs, question, chosen, weights_loaded=False)
 
@@ -237,18 +289,24 @@ def plan_ground(
     device: str | None = None,
     dtype: str | None = None,
     kernels: str | None = None,
+    quant: str | None = None,
+    kv: str | None = None,
     revision: str | None = None,
     offline: bool = True,
+    cache: bool = True,
+    cache_size: float | None = None,
     settings: GroundSettings | None = None,
     **options: Unpack[GroundOptions],
 ) -> SearchPlan:
     """Where one video will be searched and what each look takes; no weights are loaded.
 
-    `SearchPlan.check()` refuses what does not fit the context or the device. A KeyeWarning says where a cut-off file
-    ends.
+    Takes what `load` takes. `SearchPlan.check()` refuses what does not fit the context or the device. A KeyeWarning says
+    where a cut-off file ends.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
+    files = open_model(
+        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+    )
     planned = plan_search(
         files, item, queries, _one_of(ground_settings, files.preprocessor, settings, options)
     )
@@ -263,17 +321,24 @@ def plan_summary(
     device: str | None = None,
     dtype: str | None = None,
     kernels: str | None = None,
+    quant: str | None = None,
+    kv: str | None = None,
     revision: str | None = None,
     offline: bool = True,
+    cache: bool = True,
+    cache_size: float | None = None,
     settings: SummarySettings | None = None,
     **options: Unpack[SummaryOptions],
 ) -> list[PartPlan]:
     """What a summary of one video will take, one plan for each part that it is looked at in; no weights are loaded.
 
-    A KeyeWarning says where a cut-off file ends, and which options the model's own prompt has no place for.
+    Takes what `load` takes. A KeyeWarning says where a cut-off file ends, and which options the model's own prompt has no
+    place for.
     """
     _require_offline(offline)
-    files = open_model(model, device=device, dtype=dtype, kernels=kernels, revision=revision)
+    files = open_model(
+        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+    )
     chosen = _one_of(summary_settings, files.preprocessor, settings, options)
     parts = plan_parts(files, item, chosen.ask, summary_question(files, chosen))
     report_cut_off(parts[0].input.info)
@@ -289,13 +354,9 @@ def _plan(
     return plan_run(
         inputs_planned,
         files.config,
-        model=files.name,
-        device=files.device,
-        dtype=files.dtype,
-        kernels=files.kernels,
+        **run_arguments(files),
         max_tokens=settings.generation.max_tokens,
         text=prompt_text(question, inputs_planned, settings),
-        free_bytes=free_memory_bytes(files.device),
         weights_loaded=weights_loaded,
     )
 

@@ -22,8 +22,17 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 DTYPES = ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 KERNELS = ("auto", "reference", "triton")
+KV_FORMATS = ("auto", "fp8")
+QUANTISATIONS = ("none", "int4", "int8", "fp8")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+_TEXTS = "tuple[str, ...]"
+_WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    _TEXTS: "text or a list of texts",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,10 @@ class Settings:
     device: str | None = None
     dtype: str | None = None
     kernels: str | None = None
+    quant: str | None = None
+    kv: str | None = None
+    cache: bool = True
+    cache_size: float | None = None
     fps: float | None = None
     max_frames: int | None = None
     max_tokens_video: int | None = None
@@ -45,8 +58,12 @@ class Settings:
     exact_resize: bool = False
     max_tokens: int | None = None
     temperature: float | None = None
+    top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
+    stop: tuple[str, ...] | None = None
     think: bool = True
     show_thinking: bool = False
     strict: bool = False
@@ -60,17 +77,24 @@ class Settings:
         """UsageError for a value out of range, wherever it came from."""
         for name in ("max_frames", "max_tokens_video", "min_pixels", "max_tokens"):
             self._require(name, lambda value: value >= 1, "at least 1")
-        for name in ("temperature", "seed"):
+        for name in ("temperature", "top_k", "seed"):
             self._require(name, lambda value: 0 <= value < 2**63, "0 or above")
         self._require(
             "max_pixels",
             lambda value: value >= TOKEN_PIXELS,
             f"at least {TOKEN_PIXELS}, the area of one token",
         )
-        self._require("fps", lambda value: 0 < value < float("inf"), "above 0")
+        for name in ("fps", "cache_size"):
+            self._require(name, lambda value: 0 < value < float("inf"), "above 0")
         self._require("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._require("min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
+        self._require("repetition_penalty", lambda value: 0 < value < float("inf"), "above 0")
+        if self.stop is not None and not all(self.stop):
+            raise UsageError("--stop must not be empty")
         self._require("dtype", lambda value: value.lower() in DTYPES, "auto, bf16, fp16 or fp32")
         self._require("kernels", KERNELS.__contains__, "auto, reference or triton")
+        self._require("quant", QUANTISATIONS.__contains__, "none, int4, int8 or fp8")
+        self._require("kv", KV_FORMATS.__contains__, "auto or fp8")
         self._require("device", _DEVICE.fullmatch, "auto, cpu, cuda or cuda:N")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise UsageError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
@@ -90,6 +114,14 @@ def user_file() -> Path:
     from platformdirs import user_config_path
 
     return user_config_path("keye") / "config.toml"
+
+
+def cache_folder() -> Path:
+    """What may be made again: KEYE_CACHE_DIR, else ~/.cache/keye on Linux; it need not exist."""
+    from platformdirs import user_cache_path
+
+    named = os.environ.get("KEYE_CACHE_DIR", "").strip()
+    return Path(named) if named else user_cache_path("keye")
 
 
 def load_settings(
@@ -127,6 +159,8 @@ def _read_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _from_text("--" + name.replace("_", "-"), value, _KINDS[name])
         if isinstance(value, str)
+        else tuple(value)
+        if isinstance(value, list)
         else value
         for name, value in given.items()
     }
@@ -165,6 +199,10 @@ def _from_toml(key: str, value: Any, path: Path) -> Any:
     kind = _KINDS[_name(key, path)]
     if kind == "float" and type(value) is int:
         return float(value)
+    if kind == _TEXTS and isinstance(value, (str, list)):
+        texts = [value] if isinstance(value, str) else value
+        if all(isinstance(text, str) for text in texts):
+            return tuple(texts)
     if type(value).__name__ != kind:
         raise UsageError(f"{path} sets {key} to {value!r}, but {key} is {_WORDS[kind]}")
     return value
@@ -174,7 +212,9 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for name, kind in _KINDS.items():
         variable = ENVIRONMENT_PREFIX + name.upper()
-        text = environment.get(variable, "").strip()
+        text = environment.get(variable, "")
+        if kind != _TEXTS:  # whose spaces and line ends count
+            text = text.strip()
         if text:
             values[name] = _from_text(variable, text, kind)
     return values
@@ -186,6 +226,8 @@ def _from_text(variable: str, text: str, kind: str) -> Any:
             return text.lower() in _TRUE
     elif kind == "str":
         return text
+    elif kind == _TEXTS:
+        return (text,)
     else:
         with suppress(ValueError):
             return int(text) if kind == "int" else float(text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def tiny_tokenizer(tiny_checkpoint: Path) -> Any:
     from keyecli.model.checkpoint import load_tokenizer
 
     return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where `own_cache` puts its folders; whatever runs before a test keeps its cache here too."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEYE_CACHE_DIR", str(folder / "first"))
+        yield folder
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of one test, which is empty, and not the user's."""
+    folder = caches / str(next(_numbers))
+    monkeypatch.setenv("KEYE_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

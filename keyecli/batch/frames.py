@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from keyecli.engine.loaded import ModelFiles
+from keyecli.engine.loaded import LoadedModel, ModelFiles
 from keyecli.engine.plan import InputPlan
 from keyecli.engine.stream import group_frames
 from keyecli.video.decode import FrameChunk, decode_frames
@@ -41,6 +41,12 @@ class FramesAhead:
         self._budget_bytes = budget_bytes
         self._present: dict[Any, _Begun] = {}
         self._next: dict[Any, _Begun] = {}
+        self._loaded: LoadedModel | None = None
+
+    def serve(self, loaded: LoadedModel) -> LoadedModel:
+        """The same model, which takes frames that have been decoded; from now on, what it keeps encoded is not decoded."""
+        self._loaded = loaded
+        return replace(loaded, read_frames=self.read)
 
     def begin(
         self, files: ModelFiles, plans: Sequence[InputPlan], *, exact_resize: bool, strict: bool
@@ -52,7 +58,11 @@ class FramesAhead:
         for begun in self._present.values():  # nobody asks for it any more
             begun.dropped = True
         self._present, self._next = self._next, {}
-        made = [_Begun(item, group_frames(files, item)) for item in plans if item.info.truncated_at_s is None]
+        made = [
+            _Begun(item, group_frames(files, item))
+            for item in plans
+            if item.info.truncated_at_s is None and not self._is_kept(item, exact_resize)
+        ]
         for begun in made:
             self._next[(begun.item.info.path, begun.item.sampling, exact_resize, strict)] = begun
         # A daemon: a decoder that hangs holds up its own job, until its time is up, and nothing else.
@@ -62,6 +72,12 @@ class FramesAhead:
             name="keye-frames-ahead",
             daemon=True,
         ).start()
+
+    def _is_kept(self, item: InputPlan, exact_resize: bool) -> bool:
+        loaded = self._loaded
+        if loaded is None or loaded.frame_cache is None:
+            return False
+        return loaded.frame_cache.holds(loaded, item, exact_resize)
 
     def read(
         self,

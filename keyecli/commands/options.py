@@ -75,6 +75,9 @@ MODEL = {
     "quant": _text(
         "Model", "KIND", "--quant", help="Quantise the weights on the way: int4, int8 or fp8. Default: none."
     ),
+    "kv": _text(
+        "Model", "KIND", "--kv", help="Type of cached keys and values: fp8 halves them. Default: auto, --dtype."
+    ),
     "cache": _flag(
         "Model",
         "--cache/--no-cache",

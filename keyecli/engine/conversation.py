@@ -252,7 +252,7 @@ class Conversation:
         if tokens <= self._cache.capacity:
             return
         loaded, held = self.loaded, len(self._held_ids)
-        need = tokens * cache_bytes_per_token(loaded.config, DTYPE_BYTES[loaded.dtype])
+        need = tokens * cache_bytes_per_token(loaded.config, DTYPE_BYTES[loaded.dtype], loaded.kv)
         free = free_memory_bytes(loaded.device)
         if free is not None and need > free:
             raise MemoryLimitError(

@@ -7,16 +7,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
-from keyecli.engine.plan import DTYPE_BYTES, gib, parameter_count
+from keyecli.engine.plan import DTYPE_BYTES, KVFormat, gib, weights_bytes
 from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
 from keyecli.kernels.dispatch import Backend, has_triton, interprets
+from keyecli.model.cache import KeyeCache
 from keyecli.model.checkpoint import (
     Preprocessor,
     load_config,
@@ -28,8 +30,10 @@ from keyecli.model.checkpoint import (
 )
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.quantize import quantization_in, quantization_of
 
 if TYPE_CHECKING:
+    from keyecli.engine.encoded import FrameCache
     from keyecli.video.decode import FrameChunk
 
 OnProgress = Callable[[str, float, float | None], None]
@@ -47,7 +51,7 @@ DTYPE_SPELLINGS = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Everything about a model but its weights: enough to plan a run."""
+    """Everything about a model but its weights: enough to plan a run. kv: type of the cache's keys and values, None: `dtype`."""
 
     name: str
     folder: Path
@@ -56,6 +60,7 @@ class ModelFiles:
     device: str
     dtype: str
     kernels: Backend
+    kv: KVFormat | None = field(default=None, kw_only=True)
 
     @property
     def is_nano(self) -> bool:
@@ -68,7 +73,8 @@ class LoadedModel(ModelFiles):
     """The same with weights and tokenizer; `revision` names the weights, `dtype` is fp32, bf16 or fp16.
 
     read_frames: called in the place of `keyecli.video.decode.decode_frames`, with its arguments, by whoever has decoded
-    some of them before; None decodes when frames are wanted.
+    some of them before; None decodes when frames are wanted. frame_cache: keeps what the vision tower makes of frames for
+    later runs; None keeps nothing.
     """
 
     revision: str
@@ -76,6 +82,7 @@ class LoadedModel(ModelFiles):
     tokenizer: Any
     generation_config: GenerationConfig | None
     read_frames: FrameReader | None = None
+    frame_cache: FrameCache | None = None
 
 
 def open_model(
@@ -84,11 +91,14 @@ def open_model(
     device: str | None = None,
     dtype: str | None = None,
     kernels: str | None = None,
+    quant: str | None = None,
+    kv: str | None = None,
     revision: str | None = None,
 ) -> ModelFiles:
     """Find a model (a folder, a hub name in the local cache, None: embedded nano) and read its small files.
 
-    Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32; kernels: triton on cuda, else reference.
+    Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32; kernels: triton on cuda, else reference; quant:
+    as the folder is; kv: as dtype. The configuration then says how the weights are quantised, by the folder or on the way.
     ModelError, UsageError. A KeyeWarning says when there is a GPU and no Triton.
     """
     folder = resolve_model(None if model is None else str(model), revision)
@@ -96,11 +106,12 @@ def open_model(
     return ModelFiles(
         name=NANO_NAME if model is None else str(model),
         folder=folder,
-        config=load_config(folder),
+        config=quantized_config(folder, quant),
         preprocessor=load_preprocessor(folder),
         device=chosen,
         dtype=choose_dtype(dtype, chosen),
         kernels=choose_kernels(kernels, chosen),
+        kv=choose_kv(kv),
     )
 
 
@@ -109,10 +120,14 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
 
     A KeyeWarning says when the model's files leave open how pixels are normalised.
     """
-    need = parameter_count(files.config) * DTYPE_BYTES[files.dtype]
+    need = weights_bytes(files.config, DTYPE_BYTES[files.dtype])
     free = free_memory_bytes(files.device)
     if free is not None and need > free:
+        smaller = copy(files.config)
+        smaller.quantization_config = quantization_of("int4").to_dict()
         way = "use --dtype bf16 or " if files.dtype == "fp32" and need // 2 <= free else ""
+        if not way and weights_bytes(smaller, DTYPE_BYTES[files.dtype]) <= free:
+            way = "use --quant int4 or "
         raise MemoryLimitError(
             f"the weights of {files.name} take {gib(need)} in {files.dtype} and {gib(free)} are free on "
             f"{files.device}: {way}use a larger device or a smaller model"
@@ -124,7 +139,11 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
 
     with memory_limits(files.device):
         model = load_model(
-            files.folder, device=files.device, dtype=torch_dtype(files.dtype), on_progress=report
+            files.folder,
+            device=files.device,
+            dtype=torch_dtype(files.dtype),
+            quantization=quantization_in(files.config, files.folder),
+            on_progress=report,
         )
     model.set_kernel_backend(files.kernels)
     if files.preprocessor.assumed:
@@ -138,6 +157,21 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
         tokenizer=load_tokenizer(files.folder),
         generation_config=_read_generation_config(files.folder),
     )
+
+
+def quantized_config(folder: Path, quant: str | None) -> KeyeVL2Config:
+    """The folder's configuration, which says how it is quantised, or will be as `quant` asks; UsageError when the two differ."""
+    config = load_config(folder)
+    stored = quantization_in(config, folder)
+    if quant is None or quant == "none":
+        return config
+    wanted = quantization_of(quant)
+    if stored is not None and stored.method != wanted.method:
+        raise UsageError(
+            f"--quant {quant} cannot be: {folder} is quantised already, {stored}; leave the option out, or quantise the original"
+        )
+    config.quantization_config = (stored or wanted).to_dict()
+    return config
 
 
 def choose_device(device: str | None) -> str:
@@ -190,6 +224,35 @@ def choose_kernels(kernels: str | None, device: str) -> Backend:
     )
     warnings.warn(message, KeyeWarning, stacklevel=2)
     return "reference"
+
+
+def choose_kv(kv: str | None) -> KVFormat | None:
+    """The type of the cache's keys and values, None for the model's own; UsageError for one that is not known."""
+    if kv is None or kv == "auto":
+        return None
+    if kv == "fp8":
+        return "fp8"
+    raise UsageError(f"--kv {kv} is not known; use auto or fp8")
+
+
+def run_arguments(files: ModelFiles) -> dict[str, Any]:
+    """What `plan_run` is told about a model, the device that it runs on and what is free there now."""
+    return {
+        "model": files.name,
+        "device": files.device,
+        "dtype": files.dtype,
+        "kernels": files.kernels,
+        "kv": files.kv,
+        "free_bytes": free_memory_bytes(files.device),
+    }
+
+
+def new_cache(files: ModelFiles, tokens: int) -> KeyeCache:
+    """An empty cache of one sequence, as the model is run."""
+    kv_dtype = torch.float8_e4m3fn if files.kv == "fp8" else None
+    return KeyeCache(
+        files.config, tokens, dtype=torch_dtype(files.dtype), device=files.device, kv_dtype=kv_dtype
+    )
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from keyecli.errors import MemoryLimitError, UsageError
 from keyecli.video.sampling import TOKEN_SIDE_PX, SamplingPlan, SamplingSettings, plan_image, plan_video
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from keyecli.kernels.dispatch import Backend
     from keyecli.model.config import KeyeVL2Config
 
+KVFormat = Literal["fp8"]
+
 ENCODE_GROUP_PATCHES = 8192
 # On a GPU larger: each expert of 128 then has enough rows to fill tall tiles.
 PREFILL_CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+KV_BYTES: dict[KVFormat, int] = {"fp8": 1}
 FP32_BYTES = 4
+# Of quantised weights: bits of a code, bytes of a group's scale and zero.
+CODE_BITS = {"int4": 4, "int8": 8, "fp8": 8}
+GROUP_BYTES = {"int4": 3, "int8": 3, "fp8": 2}
 MERGED_PIXELS = TOKEN_SIDE_PX**2
 # The chat template's own tokens around one question, and a question's bytes a token in ordinary tokenizers.
 TEMPLATE_TOKENS = 32
@@ -91,6 +97,7 @@ class MemoryEstimate:
 class RunPlan:
     """Everything known about a run before it starts.
 
+    `kv` is the type of the cache's keys and values, None: `dtype`.
     `prompt_tokens` counts visual, layout and text tokens; `max_tokens` is the longest answer, already cut
     to what the context leaves. `free_bytes` is what the device has left (None: unknown); `weights_loaded`
     says that the weights are already among what it holds.
@@ -106,6 +113,7 @@ class RunPlan:
     memory: MemoryEstimate
     free_bytes: int | None
     weights_loaded: bool
+    kv: KVFormat | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -142,6 +150,7 @@ class RunPlan:
             "model": self.model,
             "device": self.device,
             "dtype": self.dtype,
+            "kv": self.kv or self.dtype,
             "inputs": [item.to_dict() for item in self.inputs],
             "frames": self.frames,
             "visual_tokens": self.visual_tokens,
@@ -174,9 +183,11 @@ class RunPlan:
             f"cache {gib(memory.cache_bytes)}, workspace {gib(memory.workspace_bytes)}) "
             f"and {gib(free)} are free: "
         )
-        halved = (memory.cache_bytes + (0 if self.weights_loaded else memory.weights_bytes)) // 2
+        cache = 0 if self.kv else memory.cache_bytes
+        halved = (cache + (0 if self.weights_loaded else memory.weights_bytes)) // 2
         if self.dtype == "fp32" and not self.weights_loaded and self.needed_bytes - halved <= free:
-            raise MemoryLimitError(need + "use --dtype bf16, which halves weights and cache")
+            what = "weights" if self.kv else "weights and cache"
+            raise MemoryLimitError(need + f"use --dtype bf16, which halves {what}")
         fixed = self.needed_bytes - memory.cache_bytes
         per_token = memory.cache_bytes / self.total_tokens
         raise MemoryLimitError(need + self._way_out(int((free - fixed) / per_token) - self.max_tokens))
@@ -220,13 +231,14 @@ def plan_run(
     device: str,
     dtype: str,
     kernels: Backend,
+    kv: KVFormat | None = None,
     max_tokens: int,
     text: str = "",
     prompt_tokens: int | None = None,
     free_bytes: int | None = None,
     weights_loaded: bool = False,
 ) -> RunPlan:
-    """The plan of one question about `inputs`; `dtype` is one of fp32, bf16, fp16.
+    """The plan of one question about `inputs`; `dtype` is one of fp32, bf16, fp16, `kv` as in `RunPlan`.
 
     `prompt_tokens` is the exact length once the prompt has been laid out; without it, it is estimated from
     the sampling plans and `text` (the question and anything else written into the prompt).
@@ -238,7 +250,7 @@ def plan_run(
     answer = max(1, min(max_tokens, context - prompt_tokens))
     frame_tokens = max((item.sampling.tokens_per_frame for item in inputs), default=0)
     memory = estimate_memory(
-        config, prompt_tokens + answer, frame_tokens, dtype=dtype, device=device, kernels=kernels
+        config, prompt_tokens + answer, frame_tokens, dtype=dtype, device=device, kernels=kernels, kv=kv
     )
     return RunPlan(
         model=model,
@@ -251,6 +263,7 @@ def plan_run(
         memory=memory,
         free_bytes=free_bytes,
         weights_loaded=weights_loaded,
+        kv=kv,
     )
 
 
@@ -260,13 +273,20 @@ def merge_area(config: KeyeVL2Config) -> int:
 
 
 def estimate_memory(
-    config: KeyeVL2Config, tokens: int, frame_tokens: int, *, dtype: str, device: str, kernels: Backend
+    config: KeyeVL2Config,
+    tokens: int,
+    frame_tokens: int,
+    *,
+    dtype: str,
+    device: str,
+    kernels: Backend,
+    kv: KVFormat | None = None,
 ) -> MemoryEstimate:
     """What prompt and answer of together `tokens` tokens take, with frames of `frame_tokens` tokens at most (0: none)."""
     width = DTYPE_BYTES[dtype]
     return MemoryEstimate(
-        weights_bytes=parameter_count(config) * width,
-        cache_bytes=tokens * cache_bytes_per_token(config, width),
+        weights_bytes=weights_bytes(config, width),
+        cache_bytes=tokens * cache_bytes_per_token(config, width, kv),
         workspace_bytes=max(
             encode_workspace_bytes(config, frame_tokens * merge_area(config), width),
             prefill_workspace_bytes(config, tokens, width, device, kernels),
@@ -284,12 +304,13 @@ def frames_per_group(patches_per_frame: int) -> int:
     return max(1, ENCODE_GROUP_PATCHES // patches_per_frame)
 
 
-def cache_bytes_per_token(config: KeyeVL2Config, dtype_bytes: int) -> int:
-    """Keys, values and indexer key of one token over all layers."""
-    width = 2 * config.num_key_value_heads * config.head_dim
+def cache_bytes_per_token(config: KeyeVL2Config, dtype_bytes: int, kv: KVFormat | None = None) -> int:
+    """Keys, values and indexer key of one token over all layers; the indexer key is of the model's type whatever `kv` is."""
+    kv_bytes = dtype_bytes if kv is None else KV_BYTES[kv]
+    size = 2 * config.num_key_value_heads * config.head_dim * kv_bytes
     if config.sa_config is not None:
-        width += config.sa_config["indexer_head_dim"]
-    return config.num_hidden_layers * width * dtype_bytes
+        size += config.sa_config["indexer_head_dim"] * dtype_bytes
+    return config.num_hidden_layers * size
 
 
 def encode_workspace_bytes(config: KeyeVL2Config, patches_per_frame: int, dtype_bytes: int) -> int:
@@ -328,6 +349,30 @@ def prefill_workspace_bytes(
     per_pair = FP32_BYTES if device == "cpu" else config.num_attention_heads * MASKED_COPIES * dtype_bytes
     attention = queries * masked_keys * (per_pair + 1)
     return activations + max(selection, attention) + logits
+
+
+def weights_bytes(config: KeyeVL2Config, dtype_bytes: int) -> int:
+    """All weights, those that the configuration says are quantised in the form of `keyecli.kernels.quantized_weights`."""
+    count = parameter_count(config)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return count * dtype_bytes
+    method, group = quantization["weights"], quantization["group_size"]
+    quantised = config.num_hidden_layers * _quantised_parameters(config, group)
+    scales = quantised // group * GROUP_BYTES[method]
+    return (count - quantised) * dtype_bytes + quantised * CODE_BITS[method] // 8 + scales
+
+
+def _quantised_parameters(config: KeyeVL2Config, group: int) -> int:
+    """Of a layer, see `keyecli.model.quantize`: matrices whose inputs are made of whole groups."""
+    width = config.hidden_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    count = width * (queries + 2 * keys) * (width % group == 0) + queries * width * (queries % group == 0)
+    if config.num_experts:
+        inner = config.moe_intermediate_size
+        return count + 3 * config.num_experts * width * inner * (width % group == inner % group == 0)
+    inner = config.intermediate_size
+    return count + 2 * width * inner * (width % group == 0) + width * inner * (inner % group == 0)
 
 
 def parameter_count(config: KeyeVL2Config) -> int:

@@ -336,7 +336,7 @@ def sequences_together(files: ModelFiles, planned: RunPlan, room: int, wanted: i
     """
     if files.kernels != "triton":
         return 1
-    per_row = cache_bytes_per_token(files.config, DTYPE_BYTES[files.dtype])
+    per_row = cache_bytes_per_token(files.config, DTYPE_BYTES[files.dtype], files.kv)
     each = room * per_row + files.config.vocab_size * SAMPLING_BYTES_PER_ENTRY
     fit = wanted
     if planned.free_bytes is not None:

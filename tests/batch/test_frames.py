@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from keyecli.batch import frames
 from keyecli.batch.frames import FramesAhead
 from keyecli.engine.loaded import ModelFiles, open_model
 from keyecli.engine.plan import InputPlan, plan_inputs
 from keyecli.engine.stream import group_frames
 from keyecli.errors import KeyeWarning
+from keyecli.session import load
 from keyecli.tasks.options import ask_settings
 from keyecli.video.decode import FrameChunk, decode_frames
-from keyecli.video.source import probe
+from keyecli.video.source import VideoInfo, probe
 from tests.video.conftest import write_clip
 
 
@@ -55,6 +58,30 @@ def test_other_frames_than_were_begun(files: ModelFiles, short_clips: list[Path]
     size = group_frames(files, plan)
     exact = ahead.read(plan.info, plan.sampling, exact_resize=True, chunk_frames=size)
     assert_same(exact, decode_frames(plan.info, plan.sampling, exact_resize=True, chunk_frames=size))
+
+
+@pytest.mark.filterwarnings("ignore:the answer was cut off")
+def test_what_is_kept_encoded_is_not_decoded(
+    tiny_checkpoint: Path, short_clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def noting(info: VideoInfo, *arguments: Any, **options: Any) -> Iterator[FrameChunk]:
+        decoded.append(info.path.name)
+        return decode_frames(info, *arguments, **options)
+
+    monkeypatch.setattr(frames, "decode_frames", noting)
+    keye = load(tiny_checkpoint, device="cpu")
+    keye.ask(short_clips[0], "What?", fps=25, max_tokens=2)
+    ahead = FramesAhead()
+    plans = plans_of(keye.loaded, *short_clips[:2])
+    for served in (False, True):
+        if served:
+            ahead.serve(keye.loaded)
+        ahead.begin(keye.loaded, plans, exact_resize=False, strict=False)
+        for begun in ahead._next.values():
+            begun.ready.wait()
+    assert decoded == ["a.mp4", "b.mp4", "b.mp4"]
 
 
 def test_damage_is_told_when_the_frames_are_read(files: ModelFiles, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def run_keye(*arguments: str, env: Mapping[str, str], stdin: str = "") -> subpro
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, and neither settings nor models of the user's own."""
     for name in os.environ:
-        if name.startswith(("KEYE_", "XDG_")):
+        if name.startswith(("KEYE_", "XDG_")) and name != "KEYE_CACHE_DIR":
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")

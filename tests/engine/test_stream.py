@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 
+from keyecli.batch.questions import own_warnings
 from keyecli.engine import stream
 from keyecli.engine.generate import GenerationSettings, generate
 from keyecli.engine.loaded import LoadedModel
@@ -22,8 +28,10 @@ from keyecli.engine.stream import (
     prefill_stream,
     visual_of,
 )
+from keyecli.errors import InputError, KeyeWarning
 from keyecli.model.cache import KeyeCache
 from keyecli.model.prompt import Prompt, Visual, build_prompt
+from keyecli.video.decode import FrameChunk
 from tests.compare import assert_close
 from tests.engine.scenes import all_embeds, fake_decoder, planned
 
@@ -65,6 +73,16 @@ def answer(loaded: LoadedModel, prefilled: Prefilled, cache: KeyeCache) -> tuple
     return generation.token_ids
 
 
+def one_after_the_other(loaded: LoadedModel, inputs: Sequence[InputPlan]) -> tuple[Prefilled, KeyeCache]:
+    """The definition: every frame is decoded, then each goes through the vision tower, then the whole prompt is fed."""
+    prompt = Layouts(loaded, inputs)([visual_of(item) for item in inputs])
+    cache = KeyeCache(loaded.config, len(prompt.input_ids) + ANSWER_TOKENS)
+    with torch.inference_mode():
+        embeds = loaded.model.embed(prompt.input_ids[None], all_embeds(loaded, inputs))
+        hidden = loaded.model.decode(embeds, prompt.position_ids[:, None], cache)[:, -1:]
+    return Prefilled(prompt, hidden, tuple(item.sampling.times_s for item in inputs)), cache
+
+
 @pytest.fixture(autouse=True)
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "decode_frames", fake_decoder())
@@ -72,13 +90,10 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equals_one_forward_over_everything(loaded: LoadedModel) -> None:
     prefilled, cache = prefill(loaded, INPUTS)
-    prompt = prefilled.prompt
-    with torch.inference_mode():
-        embeds = loaded.model.embed(prompt.input_ids[None], all_embeds(loaded, INPUTS))
-        hidden = loaded.model.decode(embeds, prompt.position_ids[:, None])
-    assert_close(prefilled.hidden, hidden[:, -1:], what="last hidden state")
-    assert cache.length == len(prompt.input_ids) > 10 * loaded.config.sa_config["topk"]
-    assert prefilled.times_s == tuple(item.sampling.times_s for item in INPUTS)
+    expected, _ = one_after_the_other(loaded, INPUTS)
+    assert_close(prefilled.hidden, expected.hidden, what="last hidden state")
+    assert cache.length == len(expected.prompt.input_ids) > 10 * loaded.config.sa_config["topk"]
+    assert prefilled.times_s == expected.times_s
 
 
 @pytest.mark.parametrize("group_patches", [1, 24, 60, 100_000])
@@ -86,8 +101,8 @@ def test_equals_one_forward_over_everything(loaded: LoadedModel) -> None:
 def test_step_sizes_do_not_change_the_tokens(
     loaded: LoadedModel, group_patches: int, chunk_tokens: int
 ) -> None:
-    expected = answer(loaded, *prefill(loaded, INPUTS))
-    assert answer(loaded, *prefill(loaded, INPUTS, StreamSettings(group_patches, chunk_tokens))) == expected
+    prefilled, cache = prefill(loaded, INPUTS, StreamSettings(group_patches, chunk_tokens))
+    assert answer(loaded, prefilled, cache) == answer(loaded, *one_after_the_other(loaded, INPUTS))
 
 
 def test_chunks_are_whole_and_few_embeddings_wait(
@@ -163,22 +178,90 @@ def test_a_neighbour_stands_in_with_its_own_time(
     assert len(answer(loaded, prefilled, cache)) == ANSWER_TOKENS
 
 
-def test_an_interruption_closes_the_decoder(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = []
+class Watched:
+    """A decoder that remembers how many groups it gave and which thread closed it; raises `error` at the third group."""
 
-    def decoder(*arguments: Any, **options: Any) -> Any:
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.given = 0
+        self.closed_in: list[threading.Thread] = []
+
+    def __call__(self, *arguments: Any, **options: Any) -> Iterator[FrameChunk]:
         try:
-            yield from fake_decoder()(*arguments, **options)
+            for chunk in fake_decoder()(*arguments, **options):
+                if self.given == 2 and self.error is not None:
+                    raise self.error
+                self.given += 1
+                yield chunk
         finally:
-            closed.append(True)
+            self.closed_in.append(threading.current_thread())
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
 
+def raise_at(count: int, error: BaseException) -> Callable[..., None]:
+    """Raises at its `count`-th call."""
+    calls = itertools.count(1)
+
+    def call(*_: Any) -> None:
+        if next(calls) == count:
+            raise error
+
+    return call
+
+
+@pytest.mark.parametrize("stage", ["decode", "patches", "encode", "prefill", "progress"])
+@pytest.mark.parametrize(
+    "error", [InputError("the clip is damaged"), KeyboardInterrupt(), MemoryError(), GeneratorExit()]
+)
+def test_whatever_stops_a_stage_stops_all(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
+) -> None:
+    decoder = Watched(error if stage == "decode" else None)
     monkeypatch.setattr(stream, "decode_frames", decoder)
-    with pytest.raises(KeyboardInterrupt):
-        prefill(loaded, INPUTS[:1], StreamSettings(group_patches=24), on_progress=interrupt)
-    assert closed == [True]
+    fail = raise_at(3, error)
+    for name, owner, attribute in (
+        ("patches", stream, "frames_to_patches"),
+        ("encode", loaded.model, "encode_frames"),
+        ("prefill", loaded.model, "decode"),
+    ):
+        if name == stage:
+            plain = getattr(owner, attribute)
+            monkeypatch.setattr(owner, attribute, lambda *a, plain=plain: (fail(), plain(*a))[1])
+    threads = threading.enumerate()
+    settings = StreamSettings(group_patches=24, chunk_tokens=5)
+    with pytest.raises(type(error)) as raised:
+        prefill(loaded, INPUTS, settings, on_progress=fail if stage == "progress" else None)
+    assert raised.value is error
+    assert threading.enumerate() == threads
+    assert len(decoder.closed_in) >= 1
+    assert threading.current_thread() not in decoder.closed_in
+
+
+def test_frames_do_not_pile_up(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Watched()
+    monkeypatch.setattr(stream, "decode_frames", decoder)
+    item = planned("long.mp4", 120)
+    frame_bytes = 3 * item.sampling.height * item.sampling.width
+    monkeypatch.setattr(stream, "WAITING_BYTES", 5 * frame_bytes)
+    ahead, used = [], itertools.count(1)
+
+    def slowly(*_: Any) -> None:
+        time.sleep(0.002)
+        ahead.append(decoder.given - next(used))
+
+    prefill(loaded, [item], StreamSettings(group_patches=24), on_progress=slowly)
+    assert decoder.given == 120
+    assert 1 <= max(ahead) <= 6  # those that wait, and one that has no place yet
+
+
+def test_warnings_come_with_the_frames(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warning(info: Any, *arguments: Any, **options: Any) -> Iterator[FrameChunk]:
+        yield from fake_decoder()(info, *arguments, **options)
+        warnings.warn(f"{info.path} is damaged", KeyeWarning, stacklevel=2)
+
+    monkeypatch.setattr(stream, "decode_frames", warning)
+    with own_warnings() as said:
+        prefill(loaded, INPUTS, StreamSettings(group_patches=24))
+    assert said == [f"{item.info.path} is damaged" for item in INPUTS]
 
 
 def test_progress_and_timings(loaded: LoadedModel) -> None:
@@ -187,12 +270,21 @@ def test_progress_and_timings(loaded: LoadedModel) -> None:
     prefill(
         loaded,
         INPUTS,
-        StreamSettings(group_patches=24),
+        StreamSettings(group_patches=24, chunk_tokens=40),
         timings=timings,
         on_progress=lambda *report: seen.append(report),
     )
-    assert [done for _, done, _ in seen] == list(range(1, 13))
-    assert {(description, total) for description, _, total in seen} == {("reading frames", 12)}
+    assert [done for _, done, _ in seen] == [*range(1, 13), 12]
+    assert {total for _, _, total in seen} == {12}
+    words = r"reading frames (\d+)/12 decoded, (\d+) encoded, (\d+) prefilled(, \d+ s left)?"
+    found = [re.fullmatch(words, description) for description, _, _ in seen]
+    stages = [tuple(map(int, match.groups()[:3])) for match in found if match]
+    assert len(stages) == 13
+    assert all(decoded >= encoded >= prefilled for decoded, encoded, prefilled in stages)
+    assert stages == sorted(stages)
+    assert 0 < stages[-2][2] < 12
+    assert stages[-1] == (12, 12, 12)
+    assert [bool(match and match[4]) for match in found] == [0 < stage[2] < 12 for stage in stages]
     assert set(timings.seconds) == {"decode_s", "encode_s", "prefill_s"}
     assert all(seconds > 0 for seconds in timings.seconds.values())
 
