@@ -32,7 +32,7 @@ from keyecli.engine.plan import (
     prefill_chunk_tokens,
 )
 from keyecli.engine.static import StaticDecoder, decoder_for
-from keyecli.engine.stream import StreamSettings, Timings, cache_tokens, prefill_stream, visual_of
+from keyecli.engine.stream import StreamSettings, Timings, cache_tokens, prefill_stream, visual_end, visual_of
 from keyecli.engine.thinking import AnswerSplitter, Pieces
 from keyecli.errors import MemoryLimitError, ModelError, UsageError
 from keyecli.model.cache import KeyeCache
@@ -95,7 +95,7 @@ class Conversation:
     ) -> None:
         self.loaded = loaded
         self.times_s = times_s
-        self.length = _visual_end(loaded, held_ids)
+        self.length = visual_end(loaded, held_ids)
         self._cache = cache
         # The tokens whose keys and values are known to stand in the cache; it may hold more that nobody relies on.
         self._held_ids = held_ids
@@ -144,17 +144,11 @@ class Conversation:
                 timings=timings,
                 on_progress=on_progress,
             )
-        came = [
-            replace(visual_of(plan), times_s=tuple(map(float, times_s)))
-            if plan.sampling.kind == "video"
-            else visual_of(plan)
-            for plan, times_s in zip(plans, prefilled.times_s, strict=True)
-        ]
         return cls(
             loaded,
             cache,
             prefilled.prompt.input_ids,
-            came,
+            prefilled.visuals,
             prefilled.times_s,
             preface=preface,
             chunk_tokens=settings.chunk_tokens or prefill_chunk_tokens(loaded.device),
@@ -332,8 +326,3 @@ def _common_beginning(one: Tensor, other: Tensor) -> int:
     shorter = min(len(one), len(other))
     differ = (one[:shorter] != other[:shorter]).nonzero()
     return int(differ[0]) if len(differ) else shorter
-
-
-def _visual_end(loaded: LoadedModel, input_ids: Tensor) -> int:
-    """Tokens up to and including the end mark of the last visual."""
-    return int((input_ids == loaded.config.vision_end_token_id).nonzero()[-1]) + 1

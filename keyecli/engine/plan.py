@@ -7,8 +7,8 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from keyecli.errors import MemoryLimitError, UsageError
 from keyecli.video.sampling import TOKEN_SIDE_PX, SamplingPlan, SamplingSettings, plan_image, plan_video
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from keyecli.model.config import KeyeVL2Config
 
 KVFormat = Literal["fp8"]
+Offload = Literal["experts"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 
 ENCODE_GROUP_PATCHES = 8192
 # On a GPU larger: each expert of 128 then has enough rows to fill tall tiles.
 PREFILL_CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Experts in the host's memory are copied to the GPU once for each chunk: longer ones hide more of that.
+OFFLOADED_CHUNK_TOKENS = 32768
+EXPERT_BUFFERS = 2
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 KV_BYTES: dict[KVFormat, int] = {"fp8": 1}
@@ -43,6 +48,7 @@ MASKED_KEYS_PER_SELECTED = 8
 MASKED_COPIES = 3
 # The larger of what the Triton kernels allow themselves: scores of a selection, or bitmaps and lists of the attention.
 KERNEL_WORKSPACE_BYTES = 2**30
+OFFLOAD_HELPS = "use --offload experts, which keeps the experts in this machine's memory"
 GIB = 2**30
 
 
@@ -82,15 +88,61 @@ class InputPlan:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of the weights, the cache for all tokens, and the larger workspace of encoding and prefill."""
+    """Bytes of the weights, the cache for all tokens, and the larger workspace of encoding and prefill.
+
+    Of experts in the host's memory: `host_bytes` there, and `buffer_bytes` on the device for those of two layers.
+    """
 
     weights_bytes: int
     cache_bytes: int
     workspace_bytes: int
+    buffer_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What the device holds once the model is loaded."""
+        return self.weights_bytes + self.buffer_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+        """On the device."""
+        return self.loaded_bytes + self.cache_bytes + self.workspace_bytes
+
+    def __add__(self, other: MemoryEstimate) -> MemoryEstimate:
+        return MemoryEstimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class DevicePart:
+    """What a device holds of a model: so many of its layers, and what stands before the `first` of them or behind the `last`."""
+
+    device: str
+    layers: int
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """What one device will hold. `free_bytes` is what it has left (None: unknown), `movable_bytes` what --offload experts would
+    take from it."""
+
+    device: str
+    memory: MemoryEstimate
+    free_bytes: int | None
+    movable_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "weights_bytes": self.memory.weights_bytes,
+            "cache_bytes": self.memory.cache_bytes,
+            "workspace_bytes": self.memory.workspace_bytes,
+            "buffer_bytes": self.memory.buffer_bytes,
+            "total_bytes": self.memory.total_bytes,
+            "free_bytes": self.free_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -99,21 +151,38 @@ class RunPlan:
 
     `kv` is the type of the cache's keys and values, None: `dtype`.
     `prompt_tokens` counts visual, layout and text tokens; `max_tokens` is the longest answer, already cut
-    to what the context leaves. `free_bytes` is what the device has left (None: unknown); `weights_loaded`
-    says that the weights are already among what it holds.
+    to what the context leaves. `shares`: what each device will hold; `weights_loaded` says that the weights are already
+    among what it holds. `host_free_bytes` is what the host has left for experts (None: unknown).
     """
 
     model: str
-    device: str
     dtype: str
     inputs: tuple[InputPlan, ...]
     prompt_tokens: int
     max_tokens: int
     context_tokens: int
-    memory: MemoryEstimate
-    free_bytes: int | None
+    shares: tuple[DeviceShare, ...]
     weights_loaded: bool
     kv: KVFormat | None = None
+    offload: Offload | None = None
+    host_free_bytes: int | None = None
+
+    @property
+    def device(self) -> str:
+        """Of several all, joined by commas."""
+        return ",".join(share.device for share in self.shares)
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Of all devices together."""
+        first, *others = (share.memory for share in self.shares)
+        return sum(others, first)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Of all devices together; None where one is unknown."""
+        free = [share.free_bytes for share in self.shares if share.free_bytes is not None]
+        return sum(free) if len(free) == len(self.shares) else None
 
     @property
     def visual_tokens(self) -> int:
@@ -134,9 +203,8 @@ class RunPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """What the run will still ask of the device."""
-        loaded = self.memory.weights_bytes if self.weights_loaded else 0
-        return self.memory.total_bytes - loaded
+        """What the run will still ask of all devices together."""
+        return sum(self._needed_bytes(share) for share in self.shares)
 
     def check(self) -> None:
         """UsageError when the context is too small for the prompt, MemoryLimitError when the device is."""
@@ -163,7 +231,14 @@ class RunPlan:
             "workspace_bytes": self.memory.workspace_bytes,
             "total_bytes": self.memory.total_bytes,
             "free_bytes": self.free_bytes,
+            "offload": self.offload,
+            "buffer_bytes": self.memory.buffer_bytes,
+            "host_bytes": self.memory.host_bytes,
+            "devices": [share.to_dict() for share in self.shares],
         }
+
+    def _needed_bytes(self, share: DeviceShare) -> int:
+        return share.memory.total_bytes - (share.memory.loaded_bytes if self.weights_loaded else 0)
 
     def _check_context(self) -> None:
         if self.prompt_tokens < self.context_tokens:
@@ -174,21 +249,30 @@ class RunPlan:
         )
 
     def _check_memory(self) -> None:
-        free, memory = self.free_bytes, self.memory
-        if free is None or self.needed_bytes <= free:
+        host = self.memory.host_bytes
+        if not self.weights_loaded and self.host_free_bytes is not None and host > self.host_free_bytes:
+            raise MemoryLimitError(host_too_small(host, self.host_free_bytes))
+        for share in self.shares:
+            self._check_share(share)
+
+    def _check_share(self, share: DeviceShare) -> None:
+        free, memory, needed = share.free_bytes, share.memory, self._needed_bytes(share)
+        if free is None or needed <= free:
             return
-        weights = "" if self.weights_loaded else f"weights {gib(memory.weights_bytes)}, "
+        weights = "" if self.weights_loaded else f"weights {gib(memory.loaded_bytes)}, "
         need = (
-            f"the run needs {gib(self.needed_bytes)} on {self.device} ({weights}"
+            f"the run needs {gib(needed)} on {share.device} ({weights}"
             f"cache {gib(memory.cache_bytes)}, workspace {gib(memory.workspace_bytes)}) "
             f"and {gib(free)} are free: "
         )
         cache = 0 if self.kv else memory.cache_bytes
-        halved = (cache + (0 if self.weights_loaded else memory.weights_bytes)) // 2
-        if self.dtype == "fp32" and not self.weights_loaded and self.needed_bytes - halved <= free:
+        halved = (cache + (0 if self.weights_loaded else memory.loaded_bytes)) // 2
+        if self.dtype == "fp32" and not self.weights_loaded and needed - halved <= free:
             what = "weights" if self.kv else "weights and cache"
             raise MemoryLimitError(need + f"use --dtype bf16, which halves {what}")
-        fixed = self.needed_bytes - memory.cache_bytes
+        if 0 < needed - free <= share.movable_bytes:
+            raise MemoryLimitError(need + OFFLOAD_HELPS)
+        fixed = needed - memory.cache_bytes
         per_token = memory.cache_bytes / self.total_tokens
         raise MemoryLimitError(need + self._way_out(int((free - fixed) / per_token) - self.max_tokens))
 
@@ -237,8 +321,13 @@ def plan_run(
     prompt_tokens: int | None = None,
     free_bytes: int | None = None,
     weights_loaded: bool = False,
+    offload: Offload | None = None,
+    host_free_bytes: int | None = None,
+    parts: Sequence[tuple[DevicePart, int | None]] = (),
 ) -> RunPlan:
     """The plan of one question about `inputs`; `dtype` is one of fp32, bf16, fp16, `kv` as in `RunPlan`.
+
+    `parts`: in the place of `device` and `free_bytes`, those of several devices.
 
     `prompt_tokens` is the exact length once the prompt has been laid out; without it, it is estimated from
     the sampling plans and `text` (the question and anything else written into the prompt).
@@ -249,21 +338,38 @@ def plan_run(
     context = config.max_position_embeddings
     answer = max(1, min(max_tokens, context - prompt_tokens))
     frame_tokens = max((item.sampling.tokens_per_frame for item in inputs), default=0)
-    memory = estimate_memory(
-        config, prompt_tokens + answer, frame_tokens, dtype=dtype, device=device, kernels=kernels, kv=kv
-    )
+    whole = DevicePart(device, config.num_hidden_layers, first=True, last=True)
+    shares = []
+    for part, free in parts or [(whole, free_bytes)]:
+        memory, offloaded = (
+            estimate_memory(
+                config,
+                prompt_tokens + answer,
+                frame_tokens,
+                dtype=dtype,
+                device=part.device,
+                kernels=kernels,
+                kv=kv,
+                offload=way,
+                part=part,
+            )
+            for way in (offload, "experts" if device.startswith("cuda") else None)
+        )
+        shares.append(
+            DeviceShare(part.device, memory, free, max(0, memory.total_bytes - offloaded.total_bytes))
+        )
     return RunPlan(
         model=model,
-        device=device,
         dtype=dtype,
         inputs=tuple(inputs),
         prompt_tokens=prompt_tokens,
         max_tokens=answer,
         context_tokens=context,
-        memory=memory,
-        free_bytes=free_bytes,
+        shares=tuple(shares),
         weights_loaded=weights_loaded,
         kv=kv,
+        offload=offload,
+        host_free_bytes=host_free_bytes,
     )
 
 
@@ -281,22 +387,32 @@ def estimate_memory(
     device: str,
     kernels: Backend,
     kv: KVFormat | None = None,
+    offload: Offload | None = None,
+    part: DevicePart | None = None,
 ) -> MemoryEstimate:
-    """What prompt and answer of together `tokens` tokens take, with frames of `frame_tokens` tokens at most (0: none)."""
-    width = DTYPE_BYTES[dtype]
+    """What prompt and answer of together `tokens` tokens take, with frames of `frame_tokens` tokens at most (0: none).
+
+    `part`: on a device that holds only a part of the model.
+    """
+    width, layers = DTYPE_BYTES[dtype], config.num_hidden_layers
+    part = part or DevicePart(device, layers, first=True, last=True)
+    cache_bytes = tokens * cache_bytes_per_token(config, width, kv)
+    encoding = encode_workspace_bytes(config, frame_tokens * merge_area(config), width) if part.first else 0
+    experts = layer_expert_bytes(config, width) if offload else 0
     return MemoryEstimate(
-        weights_bytes=weights_bytes(config, width),
-        cache_bytes=tokens * cache_bytes_per_token(config, width, kv),
+        weights_bytes=part_weights_bytes(config, width, part) - part.layers * experts,
+        cache_bytes=cache_bytes * part.layers // layers,
         workspace_bytes=max(
-            encode_workspace_bytes(config, frame_tokens * merge_area(config), width),
-            prefill_workspace_bytes(config, tokens, width, device, kernels),
+            encoding, prefill_workspace_bytes(config, tokens, width, device, kernels, offload)
         ),
+        buffer_bytes=min(EXPERT_BUFFERS, part.layers) * experts,
+        host_bytes=part.layers * experts,
     )
 
 
-def prefill_chunk_tokens(device: str) -> int:
+def prefill_chunk_tokens(device: str, offload: Offload | None = None) -> int:
     """How many tokens of a prompt go through the decoder at once."""
-    return PREFILL_CHUNK_TOKENS[device.partition(":")[0]]
+    return OFFLOADED_CHUNK_TOKENS if offload else PREFILL_CHUNK_TOKENS[device.partition(":")[0]]
 
 
 def frames_per_group(patches_per_frame: int) -> int:
@@ -324,10 +440,15 @@ def encode_workspace_bytes(config: KeyeVL2Config, patches_per_frame: int, dtype_
 
 
 def prefill_workspace_bytes(
-    config: KeyeVL2Config, tokens: int, dtype_bytes: int, device: str, kernels: Backend
+    config: KeyeVL2Config,
+    tokens: int,
+    dtype_bytes: int,
+    device: str,
+    kernels: Backend,
+    offload: Offload | None = None,
 ) -> int:
     """One chunk of the prompt in the decoder: activations, selection, attention, one token's logits."""
-    chunk = min(prefill_chunk_tokens(device), tokens)
+    chunk = min(prefill_chunk_tokens(device, offload), tokens)
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     if config.num_experts:
         # The definition copies rows in and out and holds gate, up and their product; the kernels write two buffers.
@@ -361,6 +482,36 @@ def weights_bytes(config: KeyeVL2Config, dtype_bytes: int) -> int:
     quantised = config.num_hidden_layers * _quantised_parameters(config, group)
     scales = quantised // group * GROUP_BYTES[method]
     return (count - quantised) * dtype_bytes + quantised * CODE_BITS[method] // 8 + scales
+
+
+def part_weights_bytes(config: KeyeVL2Config, dtype_bytes: int, part: DevicePart) -> int:
+    """The weights on a device that holds a part of the model; a head that is the embedding is where that is."""
+    width, vocab = config.hidden_size, config.vocab_size
+    before = (vocab * width + _vision_parameters(config)) * dtype_bytes
+    behind = (width + (0 if config.tie_word_embeddings else vocab * width)) * dtype_bytes
+    a_layer = (weights_bytes(config, dtype_bytes) - before - behind) // config.num_hidden_layers
+    return part.layers * a_layer + part.first * before + part.last * behind
+
+
+def layer_expert_bytes(config: KeyeVL2Config, dtype_bytes: int) -> int:
+    """The routed experts of one layer, 0 where there are none."""
+    if not config.num_experts:
+        return 0
+    width, inner = config.hidden_size, config.moe_intermediate_size
+    count = 3 * config.num_experts * width * inner
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None or width % quantization["group_size"] or inner % quantization["group_size"]:
+        return count * dtype_bytes
+    scales = count // quantization["group_size"] * GROUP_BYTES[quantization["weights"]]
+    return count * CODE_BITS[quantization["weights"]] // 8 + scales
+
+
+def host_too_small(needed: int, free: int) -> str:
+    """Why experts cannot be kept in the host's memory, and what to do."""
+    return (
+        f"--offload experts keeps {gib(needed)} of experts in this machine's memory and {gib(free)} are free: use --quant int4, "
+        "free memory, or use a smaller model"
+    )
 
 
 def _quantised_parameters(config: KeyeVL2Config, group: int) -> int:

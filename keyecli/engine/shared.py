@@ -29,7 +29,7 @@ from keyecli.engine.loaded import (
 )
 from keyecli.engine.plan import DTYPE_BYTES, InputPlan, RunPlan, cache_bytes_per_token, plan_run
 from keyecli.engine.static import StaticDecoder, decoder_for
-from keyecli.engine.stream import Timings, cache_tokens, prefill_stream, visual_of
+from keyecli.engine.stream import Timings, cache_tokens, prefill_stream, visual_end, visual_of
 from keyecli.engine.thinking import AnswerSplitter, Pieces
 from keyecli.errors import UsageError
 from keyecli.kernels.dispatch import DECODE_TOKENS
@@ -165,20 +165,14 @@ class SharedPrefix:
                 timings=timings,
                 on_progress=on_progress,
             )
-        came = [
-            replace(visual_of(plan), times_s=tuple(map(float, times_s)))
-            if plan.sampling.kind == "video"
-            else visual_of(plan)
-            for plan, times_s in zip(plans, prefilled.times_s, strict=True)
-        ]
         ids = prefilled.prompt.input_ids
         return cls(
             loaded,
             cache,
-            _counted_from(came, origins),
+            _counted_from(prefilled.visuals, origins),
             prefilled.times_s,
-            _shared_length(loaded, prefilled.prompt),
-            _frame_tokens(loaded, ids, came),
+            visual_end(loaded, ids),
+            _frame_tokens(loaded, ids, prefilled.visuals),
             think=think,
             timings=timings,
             together=together,
@@ -350,7 +344,7 @@ def shared_plan(
 ) -> RunPlan:
     """What `SharedPrefix.prefill` with the same arguments takes; `max_tokens` is the longest answer that fits."""
     visuals = [visual_of(plan) for plan in plans]
-    shared = _shared_length(loaded, _lay_out(loaded, visuals, "", True))
+    shared = visual_end(loaded, _lay_out(loaded, visuals, "", True).input_ids)
     return plan_run(
         plans,
         loaded.config,
@@ -370,7 +364,7 @@ def question_tokens(
     for text in texts or ("",):
         for think in (True, False):
             prompt = _lay_out(loaded, first, text, think, prefill_text)
-            lengths.append(len(prompt.input_ids) - _shared_length(loaded, prompt))
+            lengths.append(len(prompt.input_ids) - visual_end(loaded, prompt.input_ids))
     return max(lengths)
 
 
@@ -414,11 +408,6 @@ def _counted_from(visuals: Sequence[Visual], origins_s: Sequence[Fraction]) -> l
         replace(visual, times_s=tuple(time_s - float(origin) for time_s in visual.times_s))
         for visual, origin in zip(visuals, origins_s, strict=True)
     ]
-
-
-def _shared_length(loaded: LoadedModel, prompt: Prompt) -> int:
-    """Tokens up to and including the end mark of the last visual."""
-    return int((prompt.input_ids == loaded.config.vision_end_token_id).nonzero()[-1]) + 1
 
 
 def _frame_tokens(

@@ -83,12 +83,14 @@ class StreamSettings:
 class Prefilled:
     """A prompt that the cache holds entirely.
 
-    hidden: [1, 1, D], the last token's state; times_s: the frames that really came, for each input.
+    hidden: [1, 1, D], the last token's state; times_s: the frames that really came, for each input; visuals: the inputs as they
+    are laid out with these.
     """
 
     prompt: Prompt
     hidden: Tensor
     times_s: tuple[tuple[Fraction, ...], ...]
+    visuals: tuple[Visual, ...]
 
 
 class PromptFeeder:
@@ -248,7 +250,7 @@ def prefill_stream(
         progress.finished()
         if recorder is not None:
             recorder.keep()
-    return Prefilled(feeder.prompt, hidden, tuple(came))
+    return Prefilled(feeder.prompt, hidden, tuple(came), tuple(visuals))
 
 
 def cache_tokens(inputs: Sequence[InputPlan], prompt_tokens: int) -> int:
@@ -267,6 +269,11 @@ def visual_of(item: InputPlan) -> Visual:
     sampling = item.sampling
     times_s = tuple(float(time_s) for time_s in sampling.times_s) if sampling.kind == "video" else ()
     return Visual(kind=sampling.kind, grid=sampling.grid, times_s=times_s)
+
+
+def visual_end(files: ModelFiles, input_ids: Tensor) -> int:
+    """Tokens of a prompt up to and including the end mark of its last visual."""
+    return int((input_ids == files.config.vision_end_token_id).nonzero()[-1]) + 1
 
 
 def _with_times(visual: Visual, times_s: Sequence[Fraction]) -> Visual:
