@@ -24,7 +24,7 @@ help:
 	@echo "make test    set up, then run all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code in order"
-	@echo "make bench   measure start-up and decoding on this machine"
+	@echo "make bench   measure start-up, scaling, batches and frames on this machine"
 	@echo "make kernels compile the Triton kernels for every kind of GPU, without one"
 	@echo "make docs    write docs/cli.md from the commands' own help"
 	@echo "make clean   remove $(VENV) and caches"
@@ -46,6 +46,7 @@ format: $(DEV)
 
 bench: $(RUNTIME)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/keye bench video
 
 kernels: $(DEV)
 	$(BIN)/python -m keyecli.kernels.compile

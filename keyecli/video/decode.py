@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from keyecli.video.images import iterate_animation, load_image, resize_bicubic
 from keyecli.video.sampling import SamplingPlan
 from keyecli.video.scale import FrameScaler
 from keyecli.video.source import VideoInfo, decode_packets, open_video, read_packets
+from keyecli.video.stretches import Convert, decode_stretches, split_at_entries
 from keyecli.video.timecode import format_time
 
 if TYPE_CHECKING:
@@ -45,12 +46,15 @@ def decode_frames(
 ) -> Iterator[FrameChunk]:
     """Yield the frames of `plan`, ascending in time, `chunk_frames` at a time, at ``plan.height x plan.width``.
 
-    Memory does not grow with the clip: one chunk, the decoder's own few frames and nothing else is held. A
-    chunk is not touched again after it has been yielded.
+    Memory does not grow with the clip: one chunk, the decoders' own few frames and some pictures that wait
+    their turn are held. A chunk is not touched again after it has been yielded. Threads that decode ahead end
+    when the iteration does, or is closed.
 
     A frame is delivered for a planned time only if it decodes cleanly and has exactly that presentation
-    time. Decoding begins at the keyframe before a wanted frame when that jumps over many frames, and starts
-    over without seeking or frame threads when anything comes out other than planned. Where a planned frame
+    time. Where the file's structure allows it, stretches between keyframes are decoded in parallel, without
+    the packets that no planned frame needs (decode_stretches); the rest goes in one sequence that seeks to
+    the keyframe before a wanted frame when that jumps over many frames, and starts over without seeking or
+    frame threads when anything comes out other than planned. The pixels are the same. Where a planned frame
     is damaged, the nearest good frame not used otherwise stands in **with its own time**, and where there
     is none the frame is left out; a file that ends early yields what can be decoded. Either gives one
     KeyeWarning that says where. With `strict` it is an InputError instead. InputError too when no frame at
@@ -111,23 +115,25 @@ def _pictures(
     if info.kind == "image":
         upright = _turned(info.coded_height, info.coded_width, info.rotation_degrees)
         whole = FrameScaler(*upright, rotation_degrees=info.rotation_degrees, mirrored=info.mirrored)
-        for time_s, frame in _SampledVideo(info, plan.times_s, strict).frames():
-            yield time_s, resize_bicubic(np.ascontiguousarray(whole(frame)), plan.height, plan.width)
+        for time_s, picture in _SampledVideo(info, plan, lambda: whole, strict).pictures():
+            yield time_s, resize_bicubic(np.ascontiguousarray(picture), plan.height, plan.width)
         return
-    scaler = FrameScaler(
-        plan.height,
-        plan.width,
-        rotation_degrees=info.rotation_degrees,
-        mirrored=info.mirrored,
-        exact=exact_resize,
-    )
-    source = (
-        _animation_frames(info, plan)
-        if info.reader == "pillow"
-        else _SampledVideo(info, plan.times_s, strict).frames()
-    )
-    for time_s, frame in source:
-        yield time_s, scaler(frame)
+
+    def scaler() -> FrameScaler:
+        return FrameScaler(
+            plan.height,
+            plan.width,
+            rotation_degrees=info.rotation_degrees,
+            mirrored=info.mirrored,
+            exact=exact_resize,
+        )
+
+    if info.reader == "pillow":
+        scale = scaler()
+        for time_s, frame in _animation_frames(info, plan):
+            yield time_s, scale(frame)
+    else:
+        yield from _SampledVideo(info, plan, scaler, strict).pictures()
 
 
 def _turned(height: int, width: int, rotation_degrees: int) -> tuple[int, int]:
@@ -144,15 +150,19 @@ def _animation_frames(info: VideoInfo, plan: SamplingPlan) -> Iterator[tuple[Fra
 
 
 class _SampledVideo:
-    """The frames at the wanted times of one file, in order; what is damaged is gathered and reported once.
+    """The pictures at the wanted times of one file, in order; what is damaged is gathered and reported once.
 
-    A frame's `key` is its pts, or its number in decoding order where the file's packets do not tell times
-    (info.matching).
+    `converter()` makes what turns a frame into a picture; there is one for each thread. A frame's `key` is its
+    pts, or its number in decoding order where the file's packets do not tell times (info.matching).
     """
 
-    def __init__(self, info: VideoInfo, times_s: Sequence[Fraction], strict: bool) -> None:
+    def __init__(
+        self, info: VideoInfo, plan: SamplingPlan, converter: Callable[[], Convert], strict: bool
+    ) -> None:
         self._info = info
-        self._times_s = times_s
+        self._times_s = times_s = plan.times_s
+        self._picture_bytes = plan.height * plan.width * 3
+        self._converter, self._convert = converter, converter()
         self._strict = strict
         times = info.frame_times
         indices = [bisect_left(times.ticks, int(time_s / times.time_base)) for time_s in times_s]
@@ -169,10 +179,13 @@ class _SampledVideo:
         self._reached = info.start_pts  # the key of the frame decoded last
         self._healed_s: Fraction | None = None  # the first keyframe behind the last one
 
-    def frames(self) -> Iterator[tuple[Fraction, VideoFrame]]:
-        container, stream = open_video(self._info.path)
-        with container:
-            if self._info.matching == "pts":
+    def pictures(self) -> Iterator[tuple[Fraction, np.ndarray]]:
+        if stretches := split_at_entries(self._info, self._wanted):
+            for pts, picture in decode_stretches(self._info, stretches, self._converter, self._picture_bytes):
+                yield self._delivered(pts), picture
+        if self._position < len(self._wanted) and self._info.matching == "pts":
+            container, stream = open_video(self._info.path)
+            with container:
                 stream.thread_type = "AUTO"
                 yield from self._quickly(container, stream)
         if self._position < len(self._wanted):
@@ -186,7 +199,7 @@ class _SampledVideo:
 
     def _quickly(
         self, container: InputContainer, stream: VideoStream
-    ) -> Iterator[tuple[Fraction, VideoFrame]]:
+    ) -> Iterator[tuple[Fraction, np.ndarray]]:
         """Wanted frames while they come exactly as planned; stops at the first that does not."""
         for keyframe, end in self._runs():
             packets = self._packets(container, stream)
@@ -213,7 +226,8 @@ class _SampledVideo:
         ticks = info.frame_times.ticks
         runs: list[tuple[int | None, int]] = []
         reached = 0  # index, among all frames, of where decoding stands
-        for index, pts in enumerate(self._wanted):
+        for index in range(self._position, len(self._wanted)):
+            pts = self._wanted[index]
             keyframe = keyframes.at_or_before(pts)
             jump = (
                 keyframe > 0
@@ -246,7 +260,7 @@ class _SampledVideo:
 
     def _plainly(
         self, container: InputContainer, stream: VideoStream
-    ) -> Iterator[tuple[Fraction, VideoFrame]]:
+    ) -> Iterator[tuple[Fraction, np.ndarray]]:
         """The remaining wanted frames, or what stands in for them, decoding everything from the start."""
         wanted = self._wanted
         lower = wanted[self._position - 1] if self._position else None
@@ -319,13 +333,17 @@ class _SampledVideo:
             return times[min(key, len(times) - 1)]
         return (key - self._info.start_pts) * times.time_base
 
-    def _deliver(self, frame: VideoFrame) -> tuple[Fraction, VideoFrame]:
-        self._position += 1
+    def _deliver(self, frame: VideoFrame) -> tuple[Fraction, np.ndarray]:
         assert frame.pts is not None
-        self._last_good_s = self._time_s(frame.pts)
-        return self._last_good_s, frame
+        return self._delivered(frame.pts), self._convert(frame)
 
-    def _stand_in(self, frame: VideoFrame) -> tuple[Fraction, VideoFrame]:
+    def _delivered(self, key: int) -> Fraction:
+        """Count a wanted frame, or what stands in for it, as done; its own time."""
+        self._position += 1
+        self._last_good_s = self._time_s(key)
+        return self._last_good_s
+
+    def _stand_in(self, frame: VideoFrame) -> tuple[Fraction, np.ndarray]:
         self._note_missing()
         self._stand_ins += 1
         return self._deliver(frame)

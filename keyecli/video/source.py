@@ -16,6 +16,7 @@ from keyecli.errors import InputError
 from keyecli.video.color import Transfer, transfer_of
 from keyecli.video.images import ImageHeader, read_header
 from keyecli.video.integrity import check_integrity
+from keyecli.video.references import EntryPoints
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -67,10 +68,15 @@ class FrameTimes(Sequence[Fraction]):
 
 @dataclass(frozen=True)
 class Keyframes:
-    """Frames that decoding can begin at: their pts, ascending, and the position to seek to, both in the stream's ticks."""
+    """Frames that decoding can begin at: their pts, ascending, and the position to seek to, both in the stream's ticks.
+
+    `entries` are the pts of those where the stream itself says that pictures come out exactly as in decoding
+    from the start (EntryPoints); at others the container only claims it.
+    """
 
     pts: array[int] = field(default_factory=lambda: array("q"))
     seek: array[int] = field(default_factory=lambda: array("q"))
+    entries: array[int] = field(default_factory=lambda: array("q"))
 
     def at_or_before(self, pts: int) -> int:
         """Index of the last keyframe at or before `pts`; -1 when there is none."""
@@ -271,7 +277,8 @@ def _is_hidden(stream: VideoStream, packet: Packet) -> bool:
 class _PacketScan:
     """What one pass over the packets found out."""
 
-    def __init__(self) -> None:
+    def __init__(self, entry_points: EntryPoints) -> None:
+        self._entry_points = entry_points
         self.pts: list[int] = []
         self.keyframes = Keyframes()
         self.first: VideoFrame | None = None
@@ -297,6 +304,8 @@ class _PacketScan:
         if packet.is_keyframe and (not self.keyframes.pts or packet.pts > self.keyframes.pts[-1]):
             self.keyframes.pts.append(packet.pts)
             self.keyframes.seek.append(packet.pts if packet.dts is None else packet.dts)
+            if packet in self._entry_points:
+                self.keyframes.entries.append(packet.pts)
         if packet.is_discard:
             return
         if self._last_pts is None or packet.pts >= self._last_pts:
@@ -330,7 +339,7 @@ class _PacketScan:
 
 def _scan_packets(container: InputContainer, stream: VideoStream) -> _PacketScan:
     """Demux the whole stream; decode only until the head is complete."""
-    scan = _PacketScan()
+    scan = _PacketScan(EntryPoints(stream))
     # Slice threads only: with frame threads the head would cost a pipeline of frames.
     stream.thread_type = "SLICE"
 
