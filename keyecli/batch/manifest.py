@@ -43,11 +43,12 @@ def write_manifest(
     *,
     revision: str | None,
     defaults: Mapping[str, Any],
+    workers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the manifest of the (job, key) pairs whose lines stand in the ledger, a line a job.
 
-    revision: the hub's, if one was asked for. The weights are read whole for their hash. KeyeError when the disk does not
-    take the file.
+    revision: the hub's, if one was asked for. workers: the machines on which workers answered, each kind once. The
+    weights are read whole for their hash. KeyeError when the disk does not take the file.
     """
     head = {
         "schema": SCHEMA,
@@ -55,7 +56,8 @@ def write_manifest(
         "keye_version": __version__,
         "python": platform.python_version(),
         "packages": _versions(),
-        "machine": _machine(),
+        "machine": machine(),
+        "workers": list(workers),
         "model": {
             "name": files.name,
             "revision": revision,
@@ -197,7 +199,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What this machine is, without its name."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]

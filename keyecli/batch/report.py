@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 BARS = 24  # of the drawing of durations
 LEAST_STAGE_S = 0.001  # what took less is left out
 _TEMPLATE = "report.html.jinja"
-_STAGES = ("decode_s", "encode_s", "prefill_s", "generate_s", "refine_s", "scenes_s")
+_MODEL_STAGES = ("encode_s", "prefill_s", "generate_s", "refine_s")
+_STAGES = ("decode_s", "cache_s", *_MODEL_STAGES, "scenes_s")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class BatchReport:
 
     copied: done because another job had asked for the same. warned: jobs with warnings. begun_at, ended_at: of the first
     and the last job, None when there is none. busy_s: seconds in which at least one job was being done. footage_s: seconds of
-    video that were read for them. stages_s: seconds in each stage, over all jobs. tokens: that the model wrote. made_by:
+    video that were read for them. stages_s: seconds in each stage, over all jobs. idle_share: of the time of the jobs that were
+    done, in which the model had nothing to do, for frames were still to come; None without such jobs. tokens: that the model
+    wrote. made_by:
     model, weights, device and version, each combination once. seconds: of each job that was done itself, ascending.
     """
 
@@ -70,6 +73,7 @@ class BatchReport:
     busy_s: float
     footage_s: float
     stages_s: dict[str, float]
+    idle_share: float | None
     tokens: int
     failures: tuple[FailedJob, ...]
     made_by: tuple[str, ...]
@@ -118,6 +122,7 @@ class BatchReport:
             "jobs_an_hour": self.jobs_an_hour,
             "footage_s": self.footage_s,
             "stages_s": dict(self.stages_s),
+            "idle_share": self.idle_share,
             "tokens": self.tokens,
             "made_by": list(self.made_by),
         }
@@ -145,7 +150,7 @@ def read_report(paths: Sequence[Path]) -> BatchReport:
         ),
         copied=len(figures) - len(worked),
         warned=sum(job.warned for job in figures),
-        begun_at=min(begun).isoformat() if begun else None,
+        begun_at=min(begun).isoformat(timespec="milliseconds") if begun else None,
         ended_at=datetime.fromtimestamp(
             max(job.begun_at.timestamp() + job.seconds for job in worked), begun[0].tzinfo
         ).isoformat(timespec="milliseconds")
@@ -154,6 +159,7 @@ def read_report(paths: Sequence[Path]) -> BatchReport:
         busy_s=_busy_s(worked),
         footage_s=sum(job.footage_s for job in worked),
         stages_s={stage: seconds for stage, seconds in stages.items() if seconds >= LEAST_STAGE_S},
+        idle_share=_idle_share(worked),
         tokens=sum(job.tokens for job in worked),
         failures=tuple(job.failure for job in figures if job.failure is not None),
         made_by=tuple(dict.fromkeys(job.made_by for job in figures if job.made_by)),
@@ -199,6 +205,14 @@ class _JobFigures:
             if error is None
             else FailedJob(record["id"], record["task"], error["code"], error["kind"], error["message"]),
         )
+
+
+def _idle_share(jobs: Sequence[_JobFigures]) -> float | None:
+    done = [job for job in jobs if job.failure is None]
+    seconds = sum(job.seconds for job in done)
+    if not seconds:
+        return None
+    return max(0.0, 1 - sum(job.stages_s[stage] for job in done for stage in _MODEL_STAGES) / seconds)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -269,6 +283,8 @@ def facts(report: BatchReport) -> list[tuple[str, str]]:
         rows.append(("jobs an hour", f"{report.jobs_an_hour:,.0f}"))
         rows.append(("footage a second", f"{report.footage_s / report.busy_s:.1f} s"))
         rows.append(("tokens a second", f"{report.tokens / report.busy_s:.1f}"))
+    if report.idle_share is not None:
+        rows.append(("model idle", f"{report.idle_share:.0%}"))
     for stage, seconds in report.stages_s.items():
         rows.append((stage.removesuffix("_s"), duration(seconds)))
     return rows

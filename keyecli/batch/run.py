@@ -12,17 +12,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from keyecli import __version__
 from keyecli.batch.advance import in_advance
 from keyecli.batch.answering import OpenedGroup, Outcome, answer_group, open_group, reading_ahead
 from keyecli.batch.archive import Archive
 from keyecli.batch.frames import FramesAhead
+from keyecli.batch.hosts import Host
 from keyecli.batch.identity import Fingerprints, Work, plain, prefix_of, settings_of, work_of
 from keyecli.batch.jobs import Job
 from keyecli.batch.ledger import Ledger
 from keyecli.batch.shard import Shard, share_of
-from keyecli.batch.workers import WorkerPool, devices_of
+from keyecli.batch.workers import WorkerPool
 from keyecli.engine.loaded import ModelFiles
 from keyecli.model.checkpoint import weights_revision
+from keyecli.model.quantize import quantization_in
 from keyecli.session import Keye
 
 LOOK_AHEAD_JOBS = 64
@@ -38,7 +41,6 @@ class BatchSettings:
     limit: int | None = None
     timeout_s: float | None = None
     ordered: bool = True
-    workers: int = 1
     shard: Shard | None = None
     debug: bool = False
 
@@ -112,6 +114,9 @@ class Batch:
             ),
         )
         self._revision = weights_revision(files.folder)
+        # Weights that are quantised on the way give other answers.
+        quantization = quantization_in(files.config, files.folder)
+        self._dtype = files.dtype if quantization is None else f"{files.dtype} {quantization}"
         self._resources = ExitStack()
         self.archive = None if archive is None else Archive(archive)
         if self.archive is not None:
@@ -130,6 +135,7 @@ class Batch:
         self._begun: dict[str, list[Work]] = {}
         self._begun_jobs = 0
         self._frames = FramesAhead()
+        self._answers_here = True
         self._on_record: OnRecord | None = None
 
     def __enter__(self) -> Batch:
@@ -143,23 +149,26 @@ class Batch:
         load: Callable[[], Keye],
         load_arguments: Mapping[str, Any],
         *,
+        find_host: Callable[[], Host[Any]] | None = None,
         on_record: OnRecord | None = None,
-        on_worker: Callable[[bool], None] | None = None,
+        on_ready: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Tally:
-        """Do what is to be done. `load` is called when the first job is, `load_arguments` are for workers.
+        """Do what is to be done: here, with the model that `load` gives, or in workers of the host that `find_host` gives.
 
-        `on_worker` is told by each worker that is ready whether it holds keye-nano. Whatever ends the run, what is done is
-        written. KeyeError: a model that cannot be loaded, a disk that is full, a GPU that is lost.
+        Either is called when there is something to do. `load_arguments` are for workers, and `on_ready` is told what each
+        says when it has loaded. Whatever ends the run, what is done is written. KeyeError: a model that cannot be loaded,
+        a disk that is full, a GPU that is lost.
         """
         self._on_record = on_record
+        self._answers_here = find_host is None
         try:
             with ExitStack() as running:
                 groups = running.enter_context(closing(in_advance(self._groups())))
                 pending = self._pending(groups)
-                if self.settings.workers == 1:
+                if find_host is None:
                     outcomes = self._answer_here(pending, load)
                 else:
-                    outcomes = self._answer_in_workers(pending, load_arguments, on_worker)
+                    outcomes = self._answer_in_workers(pending, find_host, load_arguments, on_ready)
                 self._record_all(running.enter_context(closing(outcomes)))
         finally:
             self.tally.waiting = self.ledger.waiting
@@ -201,12 +210,12 @@ class Batch:
                 taken[number] = True
                 job = self._jobs[number]
                 settings = settings_of(job, self._files, self.defaults)
-                work = work_of(job, settings, self._fingerprints, self._revision, self._files.dtype)
+                work = work_of(job, settings, self._fingerprints, self._revision, self._dtype)
                 works.append((number, work))
             opened = None
             new = [work for _, work in works if work.key not in asked and self._is_open(work)]
             asked.update(work.key for work in new)
-            if self.settings.workers == 1 and new:
+            if self._answers_here and new:
                 assignments = [(work.job, work.settings) for _, work in works]
                 opened = open_group(assignments, self._files, self._frames)
             yield _Group(works, opened)
@@ -307,20 +316,22 @@ class Batch:
     def _answer_in_workers(
         self,
         pending: Iterator[tuple[list[Work], OpenedGroup | None]],
+        find_host: Callable[[], Host[Any]],
         load_arguments: Mapping[str, Any],
-        on_worker: Callable[[bool], None] | None,
+        on_ready: Callable[[Mapping[str, Any]], None] | None,
     ) -> Generator[tuple[Work, Outcome], None, None]:
         first = next(pending, None)
         if first is None:
             return
-        with WorkerPool(
-            devices_of(load_arguments["device"], self.settings.workers),
-            load_arguments,
-            self.defaults,
-            timeout_s=self.settings.timeout_s,
-            debug=self.settings.debug,
-            on_ready=on_worker,
-        ) as pool:
+        first_message = {
+            "keye_version": __version__,
+            "weights_revision": self._revision,
+            "load": dict(load_arguments),
+            "defaults": self.defaults,
+            "timeout_s": self.settings.timeout_s,
+            "debug": self.settings.debug,
+        }
+        with WorkerPool(find_host(), first_message, on_ready=on_ready) as pool:
             yield from pool.answer(works for works, _ in chain([first], pending))
 
 

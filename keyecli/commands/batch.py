@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,21 +17,32 @@ import typer
 
 from keyecli.commands.ask import NANO_NOTICE
 from keyecli.commands.interrupt import leaving_at_once
-from keyecli.commands.options import ANSWER, FRAMES, MODEL, OUTPUT, ask_options, load_arguments, with_settings
+from keyecli.commands.options import (
+    ANSWER,
+    FRAMES,
+    MODEL,
+    OUTPUT,
+    ask_options,
+    load_arguments,
+    with_settings,
+)
 from keyecli.console import console
 from keyecli.errors import ExitCode, UsageError
 from keyecli.settings import Settings
 
 if TYPE_CHECKING:
+    from keyecli.batch.hosts import Host
     from keyecli.batch.jobs import Job
     from keyecli.batch.ledger import Ledger
     from keyecli.batch.manifest import Manifest
     from keyecli.batch.run import Batch, Tally
+    from keyecli.engine.loaded import ModelFiles
     from keyecli.session import Keye
 
 EXAMPLE = "keye batch jobs.jsonl -o out.jsonl"
 PROGRESS_KINDS = ("bar", "json", "none")
 LONGEST_TIMEOUT_S = 10_000_000
+RAY_ADDRESS = re.compile(r"auto|local|[^\s/:]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 
 
 def _option(panel: str, *names: str, metavar: str | None = None, help: str) -> Any:
@@ -74,8 +89,18 @@ def batch(
         _option("Jobs", "--shard", metavar="I/N", help="Only the I-th of N shares, balanced by duration."),
     ] = None,
     workers: Annotated[
-        int, _option("Jobs", "--workers", metavar="N", help="So many processes, one a GPU. Default: 1.")
-    ] = 1,
+        int | None,
+        _option("Jobs", "--workers", metavar="N", help="So many processes, one a GPU. Default: 1."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        _option(
+            "Jobs",
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Workers on a Ray cluster: auto, host:port, or one started here. Default: all its GPUs.",
+        ),
+    ] = None,
     unordered: Annotated[
         bool, _option("Output", "--unordered", help="Write lines as they come, not in the jobs' order.")
     ] = False,
@@ -105,6 +130,7 @@ def batch(
     stopped, the same command goes on where it was.
     """
     _set_progress(settings, progress, no_progress)
+    address = None if ray is None else _ray_address(ray)
     if (jobs is None) == (from_manifest is None):
         raise UsageError(f"give either a file of jobs or --from-manifest, as in `{EXAMPLE}`")
     if output is None or str(output) == "-":
@@ -118,7 +144,6 @@ def batch(
     with leaving_at_once():
         from keyecli.batch.manifest import read_manifest
         from keyecli.batch.run import Batch, BatchSettings
-        from keyecli.engine.loaded import open_model
 
     load = load_arguments(settings)
     defaults = ask_options(settings, start=None, end=None, duration=None, subtitles=None)
@@ -127,23 +152,23 @@ def batch(
         repeated = read_manifest(from_manifest)
         listed, defaults = repeated.jobs, dict(repeated.options)
         load = _model_of(repeated, load)
-    files = open_model(**_without(load, "offline"))
     chosen = BatchSettings(
         retry_failed=retry_failed,
         fail_fast=fail_fast,
         limit=limit,
         timeout_s=timeout,
         ordered=not unordered,
-        workers=workers,
         shard=share,
         debug=settings.debug,
     )
-    with Batch(listed, files, output, defaults, chosen, archive=archive) as run:
+    with ExitStack() as opened:
+        crew = opened.enter_context(_crew(address, workers, load, verbose=settings.verbose))
+        run = opened.enter_context(Batch(listed, crew.files, output, defaults, chosen, archive=archive))
         if run.ledger.cut_bytes:
             console.notice(
                 f"{output} ended in a line that was not finished, which is cut off: its job is done again"
             )
-        tally = _run(run, load, as_json=progress == "json")
+        tally, machines = _run(run, crew, as_json=progress == "json")
         if tally.waiting:
             lines = "1 line waits" if tally.waiting == 1 else f"{tally.waiting} lines wait"
             console.notice(
@@ -154,17 +179,68 @@ def batch(
             from keyecli.batch.manifest import write_manifest
 
             write_manifest(
-                manifest, run.ledger, keys, files, revision=settings.revision, defaults=run.defaults
+                manifest,
+                run.ledger,
+                keys,
+                crew.files,
+                revision=settings.revision,
+                defaults=run.defaults,
+                workers=machines,
             )
             console.notice(f"wrote {manifest}")
-        different = 0 if repeated is None else _compare(repeated, run.ledger, keys, files.folder)
+        different = 0 if repeated is None else _compare(repeated, run.ledger, keys, crew.files.folder)
     _print(tally, different, repeated is not None, as_json=settings.json)
     if tally.failed or tally.failed_before or different:
         raise typer.Exit(ExitCode.FAILURE)
 
 
-def _run(run: Batch, load: Mapping[str, Any], *, as_json: bool) -> Tally:
-    """Do the jobs, showing how far they are."""
+@dataclass(frozen=True)
+class _Crew:
+    """Who answers: with `find_host` workers of that host, else this process. load: what either loads; files: the same."""
+
+    files: ModelFiles
+    load: Mapping[str, Any]
+    find_host: Callable[[], Host[Any]] | None
+
+
+@contextmanager
+def _crew(
+    address: str | None, workers: int | None, load: Mapping[str, Any], *, verbose: bool
+) -> Iterator[_Crew]:
+    """For the time of a run; `address` is a Ray cluster's."""
+    if address is None:
+        from keyecli.batch.processes import ProcessHost, devices_of
+        from keyecli.engine.loaded import open_model
+
+        files = open_model(**_of_files(load))
+        count = workers or 1
+        yield _Crew(
+            files, load, None if count == 1 else lambda: ProcessHost(devices_of(load["device"], count))
+        )
+        return
+    from keyecli.batch.ray_workers import RayHost, cluster, open_model_for, share_of_cluster
+
+    with cluster(address, verbose=verbose):
+        share = share_of_cluster(load["device"], workers)
+        files = open_model_for(share, _of_files(load))
+        console.detail(
+            f"workers on the Ray cluster: {share.workers}, each with "
+            + ("a GPU" if share.device == "cuda" else f"CPU cores: {share.cpus}")
+        )
+        # Every machine computes as the keys of the jobs say.
+        alike = {**load, "dtype": files.dtype, "kernels": files.kernels}
+        yield _Crew(files, alike, lambda: RayHost(share))
+
+
+def _of_files(load: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `keyecli.load` takes, what is about the model's files."""
+    from keyecli.engine.loaded import open_model
+
+    return {name: load[name] for name in signature(open_model).parameters if name in load}
+
+
+def _run(run: Batch, crew: _Crew, *, as_json: bool) -> tuple[Tally, list[Mapping[str, Any]]]:
+    """Do the jobs, showing how far they are; also the machines of the workers, each kind once."""
     begin = time.perf_counter()
     nano_said = False
 
@@ -174,12 +250,19 @@ def _run(run: Batch, load: Mapping[str, Any], *, as_json: bool) -> Tally:
             console.notice(NANO_NOTICE)
         nano_said = nano_said or is_nano
 
+    machines: list[Mapping[str, Any]] = []
+
+    def on_ready(told: Mapping[str, Any]) -> None:
+        say_nano(told["is_nano"])
+        if told["machine"] not in machines:
+            machines.append(told["machine"])
+
     with console.progress() as on_progress:
 
         def load_model() -> Keye:
             from keyecli import session
 
-            keye = session.load(**load, on_progress=on_progress)
+            keye = session.load(**crew.load, on_progress=on_progress)
             say_nano(keye.is_nano)
             return keye
 
@@ -191,9 +274,15 @@ def _run(run: Batch, load: Mapping[str, Any], *, as_json: bool) -> Tally:
             on_progress(f"{tally.settled} of {tally.total} jobs{failed}", tally.settled, tally.total)
 
         on_progress("starting", 0, run.tally.total)
-        tally = run.run(load_model, load, on_record=on_record, on_worker=say_nano)
+        tally = run.run(
+            load_model,
+            crew.load,
+            find_host=crew.find_host,
+            on_record=on_record,
+            on_ready=on_ready,
+        )
     console.detail(f"{tally.done + tally.failed} jobs in {time.perf_counter() - begin:.1f} s")
-    return tally
+    return tally, machines
 
 
 def _tell(record: Mapping[str, Any]) -> None:
@@ -231,12 +320,21 @@ def _set_progress(settings: Settings, kind: str | None, no_progress: bool) -> No
         )
 
 
-def _check_numbers(limit: int | None, timeout: float | None, workers: int) -> None:
+def _ray_address(given: str) -> str:
+    """Where the cluster is; "" is `--ray` alone. UsageError for what cannot be an address."""
+    if given and not RAY_ADDRESS.fullmatch(given):
+        raise UsageError(
+            f"--ray {given} is neither auto nor host:port: name the cluster behind --ray, or write --ray last"
+        )
+    return given or "local"
+
+
+def _check_numbers(limit: int | None, timeout: float | None, workers: int | None) -> None:
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}")
     if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT_S:
         raise UsageError(f"--timeout must be above 0 and at most {LONGEST_TIMEOUT_S} s, not {timeout:g}")
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
 
 

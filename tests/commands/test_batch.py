@@ -480,6 +480,16 @@ def test_interrupted(clips: Callable[..., Path], isolated: dict[str, str], folde
     assert [record["id"] for record in read_records(Path("out.jsonl"))] == ["a"]
 
 
+@pytest.mark.parametrize("ray", [["--ray"], ["--ray", "auto"], ["--ray=auto"], ["--ray", "--workers", "2"]])
+def test_ray_that_is_not_installed(
+    run: Callable[..., tuple[int, str, str]], clip: Path, monkeypatch: pytest.MonkeyPatch, ray: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    sentence = "--ray needs the package ray: pip install 'keyecli[ray]'"
+    assert run([ask(clip)], *ray) == (2, "", f"keye: {sentence}\n")
+    assert not Path("out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -497,6 +507,12 @@ def test_interrupted(clips: Callable[..., Path], isolated: dict[str, str], folde
         (["jobs.jsonl", "-o", "o", "--limit", "0"], "--limit must be at least 1, not 0"),
         (["jobs.jsonl", "-o", "o", "--timeout", "0"], "--timeout must be above 0 and at most 10000000 s, not 0"),
         (["jobs.jsonl", "-o", "o", "--workers", "0"], "--workers must be at least 1, not 0"),
+        (["--ray", "jobs.jsonl", "-o", "o"],
+         "--ray jobs.jsonl is neither auto nor host:port: name the cluster behind --ray, or write --ray last"),
+        (["jobs.jsonl", "-o", "o", "--ray", "cluster"],
+         "--ray cluster is neither auto nor host:port: name the cluster behind --ray, or write --ray last"),
+        (["jobs.jsonl", "-o", "o", "--ray", "ray://here:10001"],
+         "--ray ray://here:10001 is neither auto nor host:port: name the cluster behind --ray, or write --ray last"),
         (["jobs.jsonl", "-o", "o", "--shard", "3/2"], "--shard is '3/2', but it must be one share of all, as in 2/8"),
         (["jobs.jsonl", "-o", "o", "--progress", "loud"], "--progress must be bar, json or none, not loud"),
         (["--from-manifest", "jobs.jsonl", "-o", "o"], "jobs.jsonl is no manifest of keye batch"),

@@ -86,6 +86,8 @@ def test_the_figures(keye: Keye, out: Path) -> None:
     assert report["jobs_an_hour"] == pytest.approx(6 / 10 * 3600)
     assert (report["footage_s"], report["tokens"]) == (60.0, 30)
     assert report["stages_s"] == pytest.approx({"decode_s": 1.5, "generate_s": 6.5})
+    # Three jobs that were done themselves took 8 seconds.
+    assert report["idle_share"] == pytest.approx(1.5 / 8)
     ask, ground = report["tasks"]
     assert (ask["done"], ask["failed"], ask["median_s"], ask["p90_s"], ask["longest_s"]) == (
         4,
