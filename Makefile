@@ -33,7 +33,7 @@ demo: $(RUNTIME)
 	$(BIN)/keye ask $(CLIP) "$(QUESTION)"
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -153,3 +153,21 @@ def test_every_field_of_a_cut_clip_is_described(tmp_path: Path, capsys: pytest.C
     assert run(["clip", str(tmp_path / "found.jsonl"), str(tmp_path / "cuts"), "--json"]) == 0
     (fields,) = documented("keye.clip/1")
     assert set(json.loads(capsys.readouterr().out)) == fields
+
+
+def test_every_field_of_a_conversation_is_described(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import json
+
+    import keyecli
+    from tests.video.conftest import write_clip
+
+    chat = keyecli.load(tiny_checkpoint).chat(write_clip(tmp_path / "clip.mp4", 26), max_tokens=2, think=False)
+    turn = chat.ask("What?").to_dict()
+    (fields,) = documented("keye.chat/1")
+    assert set(turn) == fields
+    assert_named("keye.chat/1", turn["timings"])
+    chat.save(tmp_path / "talk.json")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    (fields,) = documented("keye.conversation/1")
+    assert set(saved) == fields
+    assert_named("keye.conversation/1", saved["sampling"])
