@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from keyecli.session import load as load
     from keyecli.tasks.ask import Answer as Answer
     from keyecli.tasks.chapters import Chapter as Chapter
+    from keyecli.tasks.chat import Chat as Chat
     from keyecli.tasks.ground import Grounding as Grounding
     from keyecli.tasks.ground import Span as Span
     from keyecli.tasks.summarize import Summary as Summary
+    from keyecli.tasks.transcript import Turn as Turn
 
 __version__ = "0.1.0"
 
@@ -21,12 +23,16 @@ _HOMES = {
     "Keye": "keyecli.session",
     "Answer": "keyecli.tasks.ask",
     "Chapter": "keyecli.tasks.chapters",
+    "Chat": "keyecli.tasks.chat",
     "Grounding": "keyecli.tasks.ground",
     "Span": "keyecli.tasks.ground",
     "Summary": "keyecli.tasks.summarize",
+    "Turn": "keyecli.tasks.transcript",
 }
 
-__all__ = ["Answer", "Chapter", "Grounding", "Keye", "Span", "Summary", "__version__", "load", "register"]
+__all__ = [
+    "Answer", "Chapter", "Chat", "Grounding", "Keye", "Span", "Summary", "Turn", "__version__", "load", "register"
+]  # fmt: skip
 
 
 def register() -> None:

@@ -222,6 +222,7 @@ def load(
     kernels: str | None = None,
     quant: str | None = None,
     kv: str | None = None,
+    offload: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -239,13 +240,22 @@ def load(
     quantised already and needs none.
     kv: "fp8" keeps the cache's keys and values in 8 bits, half the memory of bf16, a little less exact (see
     `keyecli.kernels.reference.stored`; default: of type dtype).
+    offload: "experts" keeps the routed experts in this machine's memory, from which the GPU reads them: for one that is too
+    small for all weights.
 
     cache: keep encoded frames on disk, in `keyecli.settings.cache_folder()`, so that later questions about a clip need not
     decode it again; cache_size: GiB of them (default: 10), beyond which the least recently used go.
     """
     _require_offline(offline)
     files = open_model(
-        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+        model,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        quant=quant,
+        kv=kv,
+        offload=offload,
+        revision=revision,
     )
     loaded = load_weights(files, on_progress=on_progress)
     return Keye(replace(loaded, frame_cache=frame_cache(cache_size) if cache else None))
@@ -261,6 +271,7 @@ def plan(
     kernels: str | None = None,
     quant: str | None = None,
     kv: str | None = None,
+    offload: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -275,7 +286,14 @@ def plan(
     """
     _require_offline(offline)
     files = open_model(
-        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+        model,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        quant=quant,
+        kv=kv,
+        offload=offload,
+        revision=revision,
     )
     chosen = _one_of(ask_settings, files.preprocessor, settings, options)
     return _plan(files, inputs, question, chosen, weights_loaded=False)
@@ -291,6 +309,7 @@ def plan_ground(
     kernels: str | None = None,
     quant: str | None = None,
     kv: str | None = None,
+    offload: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -305,7 +324,14 @@ def plan_ground(
     """
     _require_offline(offline)
     files = open_model(
-        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+        model,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        quant=quant,
+        kv=kv,
+        offload=offload,
+        revision=revision,
     )
     planned = plan_search(
         files, item, queries, _one_of(ground_settings, files.preprocessor, settings, options)
@@ -323,6 +349,7 @@ def plan_summary(
     kernels: str | None = None,
     quant: str | None = None,
     kv: str | None = None,
+    offload: str | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -337,7 +364,14 @@ def plan_summary(
     """
     _require_offline(offline)
     files = open_model(
-        model, device=device, dtype=dtype, kernels=kernels, quant=quant, kv=kv, revision=revision
+        model,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        quant=quant,
+        kv=kv,
+        offload=offload,
+        revision=revision,
     )
     chosen = _one_of(summary_settings, files.preprocessor, settings, options)
     parts = plan_parts(files, item, chosen.ask, summary_question(files, chosen))

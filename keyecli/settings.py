@@ -24,6 +24,7 @@ DTYPES = ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 KERNELS = ("auto", "reference", "triton")
 KV_FORMATS = ("auto", "fp8")
 QUANTISATIONS = ("none", "int4", "int8", "fp8")
+OFFLOADS = ("none", "experts")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _TEXTS = "tuple[str, ...]"
 _WORDS = {
@@ -47,6 +48,7 @@ class Settings:
     kernels: str | None = None
     quant: str | None = None
     kv: str | None = None
+    offload: str | None = None
     cache: bool = True
     cache_size: float | None = None
     fps: float | None = None
@@ -95,6 +97,7 @@ class Settings:
         self._require("kernels", KERNELS.__contains__, "auto, reference or triton")
         self._require("quant", QUANTISATIONS.__contains__, "none, int4, int8 or fp8")
         self._require("kv", KV_FORMATS.__contains__, "auto or fp8")
+        self._require("offload", OFFLOADS.__contains__, "none or experts")
         self._require("device", _DEVICE.fullmatch, "auto, cpu, cuda or cuda:N")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise UsageError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")

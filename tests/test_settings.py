@@ -53,6 +53,18 @@ def test_sources_are_merged_setting_by_setting() -> None:
     assert (merged.fps, merged.model, merged.seed, merged.top_p) == (4.0, "from-project", 7, 0.5)
 
 
+def test_texts_may_be_one_or_several() -> None:
+    Path("keye.toml").write_text("stop = 'END'")
+    assert load().stop == ("END",)
+    Path("keye.toml").write_text("[ask]\nstop = ['a', 'b c']")
+    assert load().stop == ("a", "b c")
+    assert load(environment={"KEYE_STOP": "\n\n"}).stop == ("\n\n",)
+    assert load({"stop": ["x", "y"]}, {"KEYE_STOP": "z"}).stop == ("x", "y")
+    Path("keye.toml").write_text("stop = ['a', 1]")
+    with pytest.raises(UsageError, match=r"sets stop to \['a', 1\], but stop is text or a list of texts"):
+        load()
+
+
 def test_a_flag_can_take_back_what_a_file_says() -> None:
     Path("keye.toml").write_text("think = false\nstrict = true")
     assert not load().think
@@ -140,6 +152,12 @@ def test_a_config_that_is_a_folder() -> None:
         ({"temperature": -0.1}, "--temperature must be 0 or above"),
         ({"top_p": 0.0}, "--top-p must be above 0 and at most 1"),
         ({"top_p": 1.1}, "--top-p must be above 0 and at most 1"),
+        ({"top_k": -1}, "--top-k must be 0 or above"),
+        ({"min_p": -0.1}, "--min-p must be from 0 to 1"),
+        ({"min_p": 1.1}, "--min-p must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty must be above 0"),
+        ({"repetition_penalty": float("nan")}, "--repetition-penalty must be above 0"),
+        ({"stop": ["end", ""]}, "--stop must not be empty"),
         ({"seed": -1}, "--seed must be 0 or above"),
         ({"dtype": "int8"}, "--dtype must be auto"),
         ({"kernels": "cuda"}, "--kernels must be auto, reference or triton"),

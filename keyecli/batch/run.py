@@ -114,9 +114,11 @@ class Batch:
             ),
         )
         self._revision = weights_revision(files.folder)
-        # Weights that are quantised on the way give other answers.
+        # Weights that are quantised on the way give other answers, and so does a cache in FP8.
         quantization = quantization_in(files.config, files.folder)
         self._dtype = files.dtype if quantization is None else f"{files.dtype} {quantization}"
+        if files.kv is not None:
+            self._dtype += f" kv {files.kv}"
         self._resources = ExitStack()
         self.archive = None if archive is None else Archive(archive)
         if self.archive is not None:

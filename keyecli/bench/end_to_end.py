@@ -25,7 +25,7 @@ from keyecli.bench.measure import Measurement
 from keyecli.bench.network import official_config, random_network
 from keyecli.engine.encoded import FrameCache
 from keyecli.engine.generate import GenerationSettings
-from keyecli.engine.loaded import LoadedModel
+from keyecli.engine.loaded import LoadedModel, choose_kv
 from keyecli.engine.plan import InputPlan, gib, plan_inputs
 from keyecli.engine.shared import SharedPrefix, question_tokens
 from keyecli.engine.stream import group_frames
@@ -64,10 +64,10 @@ def measure(hours: float = 1.0) -> Iterator[Measurement]:
         )
 
 
-def random_model() -> LoadedModel:
+def random_model(quant: str | None = None, kv: str | None = None) -> LoadedModel:
     """The released shape with random weights on the GPU, which reads what keye-nano's tokenizer writes."""
     folder = resolve_model(None)
-    nano, config = load_config(folder), official_config()
+    nano, config = load_config(folder), official_config(quant)
     for name in SPECIAL_IDS:
         setattr(config, name, getattr(nano, name))
     model = random_network(config)
@@ -82,6 +82,7 @@ def random_model() -> LoadedModel:
         device="cuda",
         dtype="bf16",
         kernels="triton",
+        kv=choose_kv(kv),
         revision="random",
         model=model,
         tokenizer=load_tokenizer(folder),

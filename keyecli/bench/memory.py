@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from keyecli.bench.end_to_end import random_model
-from keyecli.engine.loaded import LoadedModel, memory_limits, torch_dtype
+from keyecli.engine.loaded import LoadedModel, memory_limits, new_cache, torch_dtype
 from keyecli.engine.plan import estimate_memory, frames_per_group, gib, merge_area, prefill_chunk_tokens
 from keyecli.engine.static import decoder_for
-from keyecli.model.cache import KeyeCache
+from keyecli.model.quantize import quantization_in
 
 # As frames of the longest clips are: small, many to a group of the vision tower.
 FRAME_GRID = (16, 16)
@@ -23,8 +23,12 @@ ALLOWED_ERROR = 0.05
 
 @dataclass(frozen=True)
 class MemoryMeasurement:
-    """A prompt of `tokens` tokens, all of them frames: bytes as planned, at the peak, and as held from the device."""
+    """A prompt of `tokens` tokens, all of them frames, in a model held as `how` says.
 
+    Bytes: as planned, at the peak, and as held from the device.
+    """
+
+    how: str
     tokens: int
     planned_bytes: int
     peak_bytes: int
@@ -39,6 +43,7 @@ class MemoryMeasurement:
         """The figures as plain data, schema keye.bench.memory/1."""
         return {
             "schema": "keye.bench.memory/1",
+            "how": self.how,
             "tokens": self.tokens,
             "planned_bytes": self.planned_bytes,
             "peak_bytes": self.peak_bytes,
@@ -50,15 +55,17 @@ class MemoryMeasurement:
         """One row for a reader."""
         verdict = "within" if abs(self.error) <= ALLOWED_ERROR else "NOT within"
         return (
-            f"memory                       {f'{self.tokens} tokens':<34} peak {gib(self.peak_bytes)}, "
+            f"{f'memory, {self.how}':<28} {f'{self.tokens} tokens':<34} peak {gib(self.peak_bytes)}, "
             f"planned {gib(self.planned_bytes)} ({self.error:+.1%}, {verdict} {ALLOWED_ERROR:.0%}), "
             f"held from the device {gib(self.held_bytes)}"
         )
 
 
-def measure(lengths: Sequence[int]) -> Iterator[MemoryMeasurement]:
+def measure(
+    lengths: Sequence[int], quant: str | None = None, kv: str | None = None
+) -> Iterator[MemoryMeasurement]:
     """A run for each number of tokens; MemoryLimitError when one does not fit."""
-    loaded = random_model()
+    loaded = random_model(quant, kv)
     for tokens in lengths:
         yield measure_run(loaded, tokens)
 
@@ -75,7 +82,7 @@ def measure_run(loaded: LoadedModel, tokens: int) -> MemoryMeasurement:
     torch.cuda.reset_peak_memory_stats()
     with memory_limits(loaded.device):
         dtype = torch_dtype(loaded.dtype)
-        cache = KeyeCache(config, tokens, dtype=dtype, device=loaded.device)
+        cache = new_cache(loaded, tokens)
         prompt = tokens - ANSWER_TOKENS
         waiting = torch.empty(0, config.hidden_size, dtype=dtype, device=loaded.device)
         while cache.length < prompt:
@@ -101,7 +108,18 @@ def measure_run(loaded: LoadedModel, tokens: int) -> MemoryMeasurement:
         dtype=loaded.dtype,
         device=loaded.device,
         kernels=loaded.kernels,
+        kv=loaded.kv,
     )
     return MemoryMeasurement(
-        tokens, planned.total_bytes, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        _how(loaded),
+        tokens,
+        planned.total_bytes,
+        torch.cuda.max_memory_allocated(),
+        torch.cuda.max_memory_reserved(),
     )
+
+
+def _how(loaded: LoadedModel) -> str:
+    quantization = quantization_in(loaded.config, loaded.name)
+    weights = loaded.dtype if quantization is None else quantization.method
+    return weights if loaded.kv is None else f"{weights}, kv {loaded.kv}"

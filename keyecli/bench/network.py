@@ -16,13 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keyecli.bench.measure import Measurement
 from keyecli.engine.generate import GenerationSettings
+from keyecli.engine.loaded import choose_kv
 from keyecli.engine.plan import prefill_chunk_tokens
 from keyecli.engine.sampling import Sampler
 from keyecli.engine.static import StaticDecoder
 from keyecli.kernels import dispatch
+from keyecli.kernels.quantized_weights import CODE_BITS
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.quantize import Quantized, quantization_in, quantization_of, replace_modules
 
 # Neighbouring tokens of a video are alike, and so select much the same keys; independent ones would not. Each token is
 # this share of the one before it, the rest is new: 16 neighbours then select some 8K distinct keys of 128K.
@@ -34,26 +37,51 @@ TRANSFORMERS_TOKENS = 131_072
 TRANSFORMERS = "transformers' Qwen3-30B-A3B"
 
 
-def official_config() -> KeyeVL2Config:
-    """The released shape, which is the configuration's own default but for its experts and its indexer."""
-    return KeyeVL2Config(
+def official_config(quant: str | None = None) -> KeyeVL2Config:
+    """The released shape, which is the configuration's own default but for its experts and its indexer; UsageError for a
+    quantisation that there is not."""
+    config = KeyeVL2Config(
         num_experts=128, sa_config={"indexer_head_dim": 64, "indexer_num_heads": 16, "topk": 2048}
     )
+    if quant is not None:
+        config.quantization_config = quantization_of(quant).to_dict()
+    return config
 
 
 def random_network(config: KeyeVL2Config) -> KeyeVL2ForConditionalGeneration:
-    """The decoder with random bf16 weights on the GPU; the vision tower stays without memory."""
+    """The decoder with random bf16 weights on the GPU, quantised where the configuration says so; the vision tower stays
+    without memory."""
     with torch.device("meta"):
         model: Any = KeyeVL2ForConditionalGeneration(config)
-    model = model.to(torch.bfloat16)
+        model = model.to(torch.bfloat16)
+        quantization = quantization_in(config, "bench")
+        if quantization is not None:
+            replace_modules(model, quantization)
     torch.manual_seed(0)
     for part in (model.model, model.lm_head):
         part.to_empty(device="cuda")
         part.apply(model._init_weights)
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            randomise(module, config.initializer_range)
     with torch.no_grad():
         # As large as what the layers add, or each would multiply the rounding of the one before.
         model.model.embed_tokens.weight.normal_()
     return model.eval()
+
+
+def randomise(matrix: Quantized, std: float) -> None:
+    """Codes of which each is as likely, scaled to weights of about this deviation."""
+    limit = torch.iinfo(matrix.codes.dtype).max
+    torch.randint(-limit, limit, matrix.codes.shape, out=matrix.codes)
+    codes = 1 << CODE_BITS[matrix.method]
+    if matrix.zero is not None:
+        matrix.zero.fill_(codes // 2)
+        matrix.scale.fill_(std * 12**0.5 / codes)
+    else:
+        # A random byte of FP8 may be NaN, so the lowest bit of each exponent is cleared.
+        matrix.codes.bitwise_and_(-0x08080809)
+        matrix.scale.fill_(std / 64)
 
 
 def random_tokens(tokens: int, width: int, like: Tensor | None = None) -> Tensor:
@@ -111,17 +139,20 @@ def prefill(model: KeyeVL2ForConditionalGeneration, embeds: Tensor, chunk: int) 
     return hidden
 
 
-def dense_prefill(model: KeyeVL2ForConditionalGeneration, embeds: Tensor) -> Tensor:
-    """The same weights with dense causal attention, all tokens at once, by the fastest kernel that PyTorch has for it."""
+def dense_prefill(model: KeyeVL2ForConditionalGeneration, embeds: Tensor, share: int = 1) -> Tensor:
+    """The same weights with dense causal attention, all tokens at once, by the fastest kernel that PyTorch has for it; with
+    `share` n only the first n-th of the layers."""
     cache = KeyeCache(official_config(), embeds.shape[1], dtype=torch.bfloat16, device="cuda")
     positions = torch.arange(embeds.shape[1], device="cuda").expand(3, 1, -1)
+    layers = model.model.layers
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     model.model.mode = "dense"
     try:
+        model.model.layers = layers[: len(layers) // share]
         with sdpa_kernel(order, set_priority=True):
             return model.decode(embeds, positions, cache)[:, -1:]
     finally:
-        model.model.mode = "sparse"
+        model.model.mode, model.model.layers = "sparse", layers
 
 
 @torch.inference_mode()
@@ -130,6 +161,8 @@ def measure_prefill(lengths: Sequence[int]) -> Iterator[Measurement]:
     config = official_config()
     ours = list(prefill_figures(random_network(config), lengths, prefill_chunk_tokens("cuda")))
     yield from ours
+    if min(lengths) > TRANSFORMERS_TOKENS:
+        return
     # One of the two networks at a time: together they would leave no room for a long prompt.
     gc.collect()
     torch.cuda.empty_cache()
@@ -156,12 +189,15 @@ def prefill_figures(
         seconds, spread = timed(
             partial(prefill, model, embeds, chunk), 2 if tokens > LONG_TOKENS else 4, is_warm=True
         )
-        # A pass that takes most of a minute is not repeated for what its first milliseconds prepare.
-        dense_s, _ = timed(partial(dense_prefill, model, embeds), 1, is_warm=tokens > TRANSFORMERS_TOKENS)
+        # All layers take the same time, and of the longest prompts all of them would take minutes.
+        share = 4 if tokens > TRANSFORMERS_TOKENS else 1
+        dense_s, _ = timed(partial(dense_prefill, model, embeds, share), 1)
+        dense_s *= share
         distinct = distinct_keys(model, embeds)
         case = f"{tokens} tokens, {chunk} a chunk, 16 select {distinct:.0f}, peak {peak:.1f} GiB"
         flops = floor_flops(config, tokens)
-        yield Measurement("prefill", case, seconds, spread, flops, 0.0, "our dense path", dense_s)
+        dense = "our dense path" if share == 1 else f"our dense path, {share} times a part of its layers"
+        yield Measurement("prefill", case, seconds, spread, flops, 0.0, dense, dense_s)
 
 
 def distinct_keys(model: KeyeVL2ForConditionalGeneration, embeds: Tensor) -> float:
@@ -199,34 +235,41 @@ def transformers_network(config: KeyeVL2Config) -> Any:
 
 
 @torch.inference_mode()
-def measure_decode(lengths: Sequence[int]) -> Iterator[Measurement]:
+def measure_decode(
+    lengths: Sequence[int], quant: str | None = None, kv: str | None = None
+) -> Iterator[Measurement]:
     """Tokens one after the other, chosen on the device, batch 1, behind caches of these lengths; the baseline is one token of
     the same network without its graph."""
-    config = official_config()
+    config = official_config(quant)
     model = random_network(config)
-    weights = 2.0 * active_parameters(config)
+    weights = active_bytes(model)
+    name = "decoding" + (f", {quant}" if quant else "") + (f", kv {kv}" if kv else "")
     for tokens in lengths:
-        cache = filled_cache(config, tokens + 2 * DECODE_STEPS + 8)
+        cache = filled_cache(config, tokens + 2 * DECODE_STEPS + 8, fp8_kv=choose_kv(kv) == "fp8")
         cache.advance(tokens)
         check_step(model, cache)
         static = StaticDecoder(model, cache)
         seconds, spread = timed(partial(steps, static, cache, tokens), 5)
         eager_s, _ = timed(partial(step_eagerly, model, cache, tokens), 3)
         # Every index key is read, and the selected keys and values.
-        moved = weights + config.num_hidden_layers * 2.0 * (tokens * 64 + 2 * min(tokens, 2048) * 512)
+        width = cache.k.element_size()
+        moved = weights + config.num_hidden_layers * (
+            2.0 * tokens * 64 + 2.0 * min(tokens, 2048) * 512 * width
+        )
         yield Measurement(
-            "decoding", f"1 token behind {tokens}: {DECODE_STEPS / seconds:.0f} a second", seconds / DECODE_STEPS,
+            name, f"1 token behind {tokens}: {DECODE_STEPS / seconds:.0f} a second", seconds / DECODE_STEPS,
             spread / DECODE_STEPS, 0.0, moved, "without a graph", eager_s,
         )  # fmt: skip
         del static, cache
 
 
-def filled_cache(config: KeyeVL2Config, room: int) -> KeyeCache:
-    cache = KeyeCache(config, room, dtype=torch.bfloat16, device="cuda")
+def filled_cache(config: KeyeVL2Config, room: int, *, fp8_kv: bool = False) -> KeyeCache:
+    kv_dtype = torch.float8_e4m3fn if fp8_kv else None
+    cache = KeyeCache(config, room, dtype=torch.bfloat16, device="cuda", kv_dtype=kv_dtype)
     assert cache.index_k is not None
     for buffer in (cache.k, cache.v, cache.index_k):
         for layer in buffer:
-            layer.normal_()
+            layer.copy_(torch.randn(layer.shape, dtype=torch.bfloat16, device="cuda"))
     return cache
 
 
@@ -262,14 +305,14 @@ def check_step(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache) -> None
         raise RuntimeError(f"a step's logits have cosine {likeness:.4f} with those of the model")
 
 
-def active_parameters(config: KeyeVL2Config) -> float:
-    """What one token reads: everything of a layer but the experts it is not routed to, and the language head."""
-    assert config.sa_config is not None
-    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    groups = config.num_key_value_heads * config.head_dim
-    index_dim, index_heads = config.sa_config["indexer_head_dim"], config.sa_config["indexer_num_heads"]
-    attention = width * (2 * heads + 2 * groups + index_heads * index_dim + index_heads + index_dim)
-    experts = width * (
-        config.num_experts_per_tok * 3 * config.moe_intermediate_size + (config.num_experts or 0)
-    )
-    return float(config.num_hidden_layers * (attention + experts) + width * config.vocab_size)
+def active_bytes(model: KeyeVL2ForConditionalGeneration) -> float:
+    """What one token reads of the weights: everything of a layer but the experts it is not routed to, and the language head."""
+    total = float(held_bytes(model.lm_head))
+    for layer in model.model.layers:
+        experts = held_bytes(layer.mlp.experts)
+        total += held_bytes(layer) - experts * (1 - layer.mlp.top_k / layer.mlp.gate.out_features)
+    return total
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

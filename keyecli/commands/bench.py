@@ -21,8 +21,8 @@ LENGTHS = "4096,32768,131072,262144"
 OWN_OPTIONS = {
     "kernels": ("--only", "--lengths"),
     "prefill": ("--lengths",),
-    "decode": ("--lengths",),
-    "memory": ("--lengths",),
+    "decode": ("--lengths", "--quant", "--kv"),
+    "memory": ("--lengths", "--quant", "--kv"),
     "end-to-end": ("--hours",),
     "video": ("CLIP",),
 }
@@ -62,6 +62,13 @@ def bench(
         float | None,
         typer.Option("--hours", metavar="H", help="end-to-end: length of the clip; 1 if not given."),
     ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option("--quant", metavar="HOW", help="decode, memory: weights in int8, int4 or fp8."),
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", metavar="HOW", help="decode, memory: keys and values in fp8.")
+    ] = None,
     *,
     settings: Settings,
 ) -> None:
@@ -76,7 +83,14 @@ def bench(
         raise UsageError(
             f"keye bench measures {', '.join(OWN_OPTIONS)}: name one, as in `keye bench kernels`"
         )
-    given = {"--only": only, "--lengths": lengths, "--hours": hours, "CLIP": clips or None}
+    given = {
+        "--only": only,
+        "--lengths": lengths,
+        "--hours": hours,
+        "--quant": quant,
+        "--kv": kv,
+        "CLIP": clips or None,
+    }
     for option, value in given.items():
         if value is not None and option not in OWN_OPTIONS[what]:
             places = " and ".join(
@@ -95,12 +109,18 @@ def bench(
                 f"{what} is measured on an NVIDIA GPU, and this machine has none that torch can use"
             )
         console.detail(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for row in _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or []):
+    for row in _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or [], quant, kv):
         console.result(json.dumps(row.to_dict()) if settings.json else row.line())
 
 
 def _rows(
-    what: str, rooms: tuple[str, ...], sizes: tuple[int, ...], hours: float, clips: Sequence[Path]
+    what: str,
+    rooms: tuple[str, ...],
+    sizes: tuple[int, ...],
+    hours: float,
+    clips: Sequence[Path],
+    quant: str | None,
+    kv: str | None,
 ) -> Iterator[Row]:
     if what == "kernels":
         for room in rooms:
@@ -110,9 +130,11 @@ def _rows(
     elif what == "end-to-end":
         yield from import_module("keyecli.bench.end_to_end").measure(hours)
     elif what == "memory":
-        yield from import_module("keyecli.bench.memory").measure(sizes)
+        yield from import_module("keyecli.bench.memory").measure(sizes, quant, kv)
+    elif what == "decode":
+        yield from import_module("keyecli.bench.network").measure_decode(sizes, quant, kv)
     else:
-        yield from getattr(import_module("keyecli.bench.network"), f"measure_{what}")(sizes)
+        yield from import_module("keyecli.bench.network").measure_prefill(sizes)
 
 
 def _chosen(only: str | None) -> tuple[str, ...]:

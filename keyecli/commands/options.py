@@ -76,7 +76,16 @@ MODEL = {
         "Model", "KIND", "--quant", help="Quantise the weights on the way: int4, int8 or fp8. Default: none."
     ),
     "kv": _text(
-        "Model", "KIND", "--kv", help="Type of cached keys and values: fp8 halves them. Default: auto, --dtype."
+        "Model",
+        "KIND",
+        "--kv",
+        help="Type of cached keys and values: fp8 halves them. Default: auto, --dtype.",
+    ),
+    "offload": _text(
+        "Model",
+        "WHAT",
+        "--offload",
+        help="experts: keep them in this machine's memory, for a small GPU; slower. Default: none.",
     ),
     "cache": _flag(
         "Model",

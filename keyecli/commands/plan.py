@@ -28,7 +28,7 @@ from keyecli.settings import Settings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from keyecli.engine.plan import RunPlan
+    from keyecli.engine.plan import MemoryEstimate, RunPlan
 
 
 @with_settings(MODEL, FRAMES, ANSWER, OUTPUT)
@@ -110,9 +110,21 @@ def _run_table(plan: RunPlan) -> Table:
         ),
         ("answer tokens", f"up to {plan.max_tokens:,}"),
         ("weights", gib(memory.weights_bytes)),
-        ("KV cache", gib(memory.cache_bytes)),
+        *_offloaded_rows(memory),
+        ("KV cache", f"{gib(memory.cache_bytes)}{f' in {plan.kv}' if plan.kv else ''}"),
         ("activations", gib(memory.workspace_bytes)),
         ("memory in all", f"{gib(memory.total_bytes)}, {free} free on {plan.device}"),
     ):
         table.add_row(name, value)
     return table
+
+
+def _offloaded_rows(memory: MemoryEstimate) -> list[tuple[str, str]]:
+    from keyecli.engine.plan import gib
+
+    if not memory.host_bytes:
+        return []
+    return [
+        ("experts", f"{gib(memory.host_bytes)} in this machine's memory"),
+        ("expert buffers", gib(memory.buffer_bytes)),
+    ]

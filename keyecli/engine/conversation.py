@@ -151,7 +151,7 @@ class Conversation:
             prefilled.visuals,
             prefilled.times_s,
             preface=preface,
-            chunk_tokens=settings.chunk_tokens or prefill_chunk_tokens(loaded.device),
+            chunk_tokens=settings.chunk_tokens or prefill_chunk_tokens(loaded.device, loaded.offload),
         )
 
     @torch.inference_mode()
@@ -256,11 +256,13 @@ class Conversation:
         larger = min(tokens + ROOM_TOKENS, max(tokens, loaded.config.max_position_embeddings))
         if free is not None and larger * need > free * tokens:
             larger = tokens
-        self._cache, self._static = _moved(self._cache, new_cache(loaded, larger), held), None
+        cache = new_cache(loaded, larger)
+        cache.copy_from(self._cache, held)
+        self._cache, self._static = cache, None
 
     def _feed(self, prompt: Prompt, begin: int) -> Tensor:
         """Prefill the prompt from token `begin` on and return the last token's state [1, 1, D]."""
-        model, device = self.loaded.model, self._cache.k.device
+        model, device = self.loaded.model, self._cache.device
         total = len(prompt.input_ids)
         while True:
             end = min(begin + self._chunk_tokens, total)
@@ -269,7 +271,7 @@ class Conversation:
             hidden = model.decode(model.embed(ids), positions, self._cache)[:, -1:]
             self._held_ids = prompt.input_ids[:end]
             if end == total:
-                return hidden
+                return hidden.to(device)
             begin = end
 
 
@@ -309,16 +311,6 @@ def _planned(
         return plan(ROOM_TOKENS)
     except MemoryLimitError:
         return plan(QUESTION_TOKENS)
-
-
-def _moved(cache: KeyeCache, larger: KeyeCache, length: int) -> KeyeCache:
-    """`larger`, which was empty, with the first `length` tokens of `cache`."""
-    pairs = ((cache.k, larger.k), (cache.v, larger.v), (cache.index_k, larger.index_k))
-    for old, new in pairs:
-        if old is not None and new is not None:
-            new[:, :, :length] = old[:, :, :length]
-    larger.advance(length)
-    return larger
 
 
 def _common_beginning(one: Tensor, other: Tensor) -> int:

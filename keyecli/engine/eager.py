@@ -20,15 +20,15 @@ class EagerDecoder:
 
     def begin(self, lengths: Sequence[int], positions: Sequence[int]) -> None:
         """lengths: tokens of each sequence, ValueError when the cache holds others; positions: of its next token, on all axes."""
-        if list(lengths) != [self._cache.length] * self._cache.k.shape[1]:
+        if list(lengths) != [self._cache.length] * self._cache.batch:
             raise ValueError(f"the cache holds {self._cache.length} tokens a row, not {list(lengths)}")
-        places = torch.tensor(list(positions), device=self._cache.k.device)
+        places = torch.tensor(list(positions), device=self._cache.device)
         self._positions = places.expand(3, -1)[..., None].clone()
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
         """Add a token to each sequence, int64 [B]; returns the logits of what follows, fp32 [B, vocabulary]."""
         embeds = self._model.embed(token_ids[:, None])
-        hidden = self._model.decode(embeds, self._positions, self._cache)
+        hidden = self._model.decode(embeds, self._positions, self._cache).to(token_ids.device)
         self._positions += 1
         return self._model.logits(hidden[:, 0])

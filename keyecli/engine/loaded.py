@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from keyecli.engine.plan import DTYPE_BYTES, KVFormat, gib, weights_bytes
+from keyecli.engine.plan import (
+    OFFLOAD_HELPS,
+    OFFLOADS,
+    KVFormat,
+    MemoryEstimate,
+    Offload,
+    estimate_memory,
+    gib,
+    host_too_small,
+)
 from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
 from keyecli.kernels.dispatch import Backend, has_triton, interprets
 from keyecli.model.cache import KeyeCache
@@ -30,6 +39,7 @@ from keyecli.model.checkpoint import (
 )
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.placement import one_device
 from keyecli.model.quantize import quantization_in, quantization_of
 
 if TYPE_CHECKING:
@@ -61,6 +71,7 @@ class ModelFiles:
     dtype: str
     kernels: Backend
     kv: KVFormat | None = field(default=None, kw_only=True)
+    offload: Offload | None = field(default=None, kw_only=True)
 
     @property
     def is_nano(self) -> bool:
@@ -93,25 +104,28 @@ def open_model(
     kernels: str | None = None,
     quant: str | None = None,
     kv: str | None = None,
+    offload: str | None = None,
     revision: str | None = None,
 ) -> ModelFiles:
     """Find a model (a folder, a hub name in the local cache, None: embedded nano) and read its small files.
 
     Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32; kernels: triton on cuda, else reference; quant:
-    as the folder is; kv: as dtype. The configuration then says how the weights are quantised, by the folder or on the way.
-    ModelError, UsageError. A KeyeWarning says when there is a GPU and no Triton.
+    as the folder is; kv: as dtype; offload: nothing. The configuration then says how the weights are quantised, by the folder
+    or on the way. ModelError, UsageError. A KeyeWarning says when there is a GPU and no Triton.
     """
     folder = resolve_model(None if model is None else str(model), revision)
     chosen = choose_device(device)
+    config = quantized_config(folder, quant)
     return ModelFiles(
         name=NANO_NAME if model is None else str(model),
         folder=folder,
-        config=quantized_config(folder, quant),
+        config=config,
         preprocessor=load_preprocessor(folder),
         device=chosen,
         dtype=choose_dtype(dtype, chosen),
         kernels=choose_kernels(kernels, chosen),
         kv=choose_kv(kv),
+        offload=choose_offload(offload, chosen, config),
     )
 
 
@@ -120,18 +134,7 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
 
     A KeyeWarning says when the model's files leave open how pixels are normalised.
     """
-    need = weights_bytes(files.config, DTYPE_BYTES[files.dtype])
-    free = free_memory_bytes(files.device)
-    if free is not None and need > free:
-        smaller = copy(files.config)
-        smaller.quantization_config = quantization_of("int4").to_dict()
-        way = "use --dtype bf16 or " if files.dtype == "fp32" and need // 2 <= free else ""
-        if not way and weights_bytes(smaller, DTYPE_BYTES[files.dtype]) <= free:
-            way = "use --quant int4 or "
-        raise MemoryLimitError(
-            f"the weights of {files.name} take {gib(need)} in {files.dtype} and {gib(free)} are free on "
-            f"{files.device}: {way}use a larger device or a smaller model"
-        )
+    _require_room(files)
 
     def report(done: int, total: int) -> None:
         if on_progress:
@@ -140,7 +143,7 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
     with memory_limits(files.device):
         model = load_model(
             files.folder,
-            device=files.device,
+            device=one_device(files.device, files.config.num_hidden_layers, files.offload is not None),
             dtype=torch_dtype(files.dtype),
             quantization=quantization_in(files.config, files.folder),
             on_progress=report,
@@ -156,6 +159,40 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
         model=model,
         tokenizer=load_tokenizer(files.folder),
         generation_config=_read_generation_config(files.folder),
+    )
+
+
+def _require_room(files: ModelFiles) -> None:
+    """MemoryLimitError when the weights do not fit where they are to be."""
+    memory = _weights_memory(files, files.config, files.offload)
+    host, free = free_memory_bytes("cpu"), free_memory_bytes(files.device)
+    if memory.host_bytes and host is not None and memory.host_bytes > host:
+        raise MemoryLimitError(host_too_small(memory.host_bytes, host))
+    if free is None or memory.loaded_bytes <= free:
+        return
+    ways = []
+    if files.dtype == "fp32" and memory.loaded_bytes // 2 <= free:
+        ways.append("use --dtype bf16")
+    smaller = copy(files.config)
+    smaller.quantization_config = quantization_of("int4").to_dict()
+    if not ways and _weights_memory(files, smaller, files.offload).loaded_bytes <= free:
+        ways.append("use --quant int4")
+    offloaded = _weights_memory(files, files.config, "experts")
+    if (
+        files.device.startswith("cuda")
+        and offloaded.loaded_bytes <= free
+        and (host is None or offloaded.host_bytes <= host)
+    ):
+        ways.append(OFFLOAD_HELPS)
+    raise MemoryLimitError(
+        f"the weights of {files.name} take {gib(memory.loaded_bytes)} in {files.dtype} and {gib(free)} are free on "
+        f"{files.device}: {', or '.join([*ways, 'use a larger device or a smaller model'])}"
+    )
+
+
+def _weights_memory(files: ModelFiles, config: KeyeVL2Config, offload: Offload | None) -> MemoryEstimate:
+    return estimate_memory(
+        config, 0, 0, dtype=files.dtype, device=files.device, kernels=files.kernels, offload=offload
     )
 
 
@@ -235,6 +272,21 @@ def choose_kv(kv: str | None) -> KVFormat | None:
     raise UsageError(f"--kv {kv} is not known; use auto or fp8")
 
 
+def choose_offload(offload: str | None, device: str, config: KeyeVL2Config) -> Offload | None:
+    """What is kept in the host's memory; UsageError for what is not known, and where nothing is gained or can be moved."""
+    if offload is None or offload == "none":
+        return None
+    if offload not in OFFLOADS:
+        raise UsageError(f"--offload {offload} is not known; use {' or '.join(OFFLOADS)}")
+    if not device.startswith("cuda"):
+        raise UsageError(
+            f"--offload experts keeps a GPU's experts in this machine's memory, and the device is {device}: leave the option out"
+        )
+    if not config.num_experts:
+        raise UsageError("--offload experts is for models with routed experts: leave the option out")
+    return "experts"
+
+
 def run_arguments(files: ModelFiles) -> dict[str, Any]:
     """What `plan_run` is told about a model, the device that it runs on and what is free there now."""
     return {
@@ -244,6 +296,8 @@ def run_arguments(files: ModelFiles) -> dict[str, Any]:
         "kernels": files.kernels,
         "kv": files.kv,
         "free_bytes": free_memory_bytes(files.device),
+        "offload": files.offload,
+        "host_free_bytes": free_memory_bytes("cpu") if files.offload else None,
     }
 
 

@@ -48,6 +48,7 @@ MASKED_KEYS_PER_SELECTED = 8
 MASKED_COPIES = 3
 # The larger of what the Triton kernels allow themselves: scores of a selection, or bitmaps and lists of the attention.
 KERNEL_WORKSPACE_BYTES = 2**30
+NOTHING_HELPS = "no sampling setting makes it fit; use a smaller model, a shorter question or a larger device"
 OFFLOAD_HELPS = "use --offload experts, which keeps the experts in this machine's memory"
 GIB = 2**30
 
@@ -270,11 +271,12 @@ class RunPlan:
         if self.dtype == "fp32" and not self.weights_loaded and needed - halved <= free:
             what = "weights" if self.kv else "weights and cache"
             raise MemoryLimitError(need + f"use --dtype bf16, which halves {what}")
-        if 0 < needed - free <= share.movable_bytes:
-            raise MemoryLimitError(need + OFFLOAD_HELPS)
         fixed = needed - memory.cache_bytes
         per_token = memory.cache_bytes / self.total_tokens
-        raise MemoryLimitError(need + self._way_out(int((free - fixed) / per_token) - self.max_tokens))
+        way = self._way_out(int((free - fixed) / per_token) - self.max_tokens)
+        if needed - free <= share.movable_bytes:
+            way = OFFLOAD_HELPS if way == NOTHING_HELPS else f"{way}, or {OFFLOAD_HELPS}"
+        raise MemoryLimitError(need + way)
 
     def _way_out(self, prompt_room: int) -> str:
         """Which flags bring the prompt down to `prompt_room` tokens, or that none does."""
@@ -294,7 +296,7 @@ class RunPlan:
                 return (
                     f"make the images smaller with --max-pixels {room * MERGED_PIXELS} or give fewer of them"
                 )
-        return "no sampling setting makes it fit; use a smaller model, a shorter question or a larger device"
+        return NOTHING_HELPS
 
 
 def plan_inputs(infos: Sequence[VideoInfo], settings: SamplingSettings) -> tuple[InputPlan, ...]:
@@ -459,7 +461,11 @@ def prefill_workspace_bytes(
     activations = chunk * (4 * config.hidden_size + heads + routed) * dtype_bytes
     logits = config.vocab_size * FP32_BYTES
     if kernels == "triton" and config.sa_config is not None:
-        return activations + KERNEL_WORKSPACE_BYTES + logits
+        # A layer's quantised experts are read back when its attention is over, gate and up first.
+        quantised = getattr(config, "quantization_config", None) is not None
+        experts = (config.num_experts or 0) * 2 * config.moe_intermediate_size * config.hidden_size
+        read_back = experts * dtype_bytes if quantised else 0
+        return activations + max(KERNEL_WORKSPACE_BYTES, read_back) + logits
     if config.sa_config is None:
         queries, masked_keys, selection = min(DENSE_QUERY_CHUNK, chunk), tokens, 0
     else:

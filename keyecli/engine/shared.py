@@ -310,7 +310,7 @@ class SharedPrefix:
         cache.truncate(self.length)
         ids = prompt.input_ids[self.length :].to(device)[None]
         positions = prompt.position_ids[:, self.length :].to(device)[:, None]
-        return model.decode(model.embed(ids), positions, cache)[:, -1:]
+        return model.decode(model.embed(ids), positions, cache)[:, -1:].to(device)
 
     def _branches(self, count: int) -> Branches:
         return Branches(self.length, self._room, count)

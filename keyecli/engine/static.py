@@ -7,6 +7,8 @@ cache's room, and the host starts a whole step with one call that waits for noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +39,21 @@ class StaticDecoder:
     ) -> None:
         if not suits(model, cache, branches):
             raise ValueError("this model is not decoded from static buffers: use model.decode")
-        self._model, self._cache, self._branches = model, cache, branches
-        self._batch = cache.k.shape[1] if branches is None else branches.count
+        self._cache, self._branches = cache, branches
+        self._batch = cache.batch if branches is None else branches.count
         self._room = cache.capacity if branches is None else branches.length
-        device = cache.k.device
-        self._ids = torch.zeros(self._batch, dtype=torch.int64, device=device)
-        # Lengths and positions, counted together.
-        self._counts = torch.zeros(2, self._batch, dtype=torch.int64, device=device)
-        self._lengths, self._positions = self._counts
-        self._frequencies = model.model.frequencies(device)
+        self._stages = [
+            _Stage(model, cache, branches, self._batch, device, layers) for device, layers in stages_of(model)
+        ]
         self._longest = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
     def begin(self, lengths: Sequence[int], positions: Sequence[int]) -> None:
         """Say where each sequence stands: how many tokens the cache holds of it, and its next token's position on all axes."""
         if len(lengths) != self._batch or len(positions) != self._batch:
             raise ValueError(f"{self._batch} sequences are decoded, not {len(lengths)}")
-        self._counts.copy_(torch.tensor([lengths, positions]))
+        for stage in self._stages:
+            stage.counts.copy_(torch.tensor([lengths, positions]))
         self._longest = max(lengths)
 
     @torch.inference_mode()
@@ -67,43 +66,105 @@ class StaticDecoder:
         if self._longest >= self._room:
             raise ValueError(f"the cache holds {self._room} tokens and is full")
         self._longest += 1
-        self._ids.copy_(token_ids)
-        if self._ids.device.type != "cuda":
-            self._logits = self._run()
-        elif self._graph is None:
-            self._capture()
-        if self._graph is not None:
-            self._graph.replay()
+        state: tuple[Tensor, ...] = (token_ids,)
+        for stage in self._stages:
+            state = stage.step(state)
         if self._branches is None:
             self._cache.advance(1)
-        assert self._logits is not None
-        return self._logits
+        (logits,) = state
+        if len(self._stages) == 1:
+            return logits
+        if self._logits is None:
+            self._logits = torch.empty_like(logits, device=token_ids.device)
+        return self._logits.copy_(logits, non_blocking=True)
 
-    def _capture(self) -> None:
+
+def stages_of(model: KeyeVL2ForConditionalGeneration) -> list[tuple[torch.device, range]]:
+    """Which devices a token goes through, and the layers on each; the output head may be behind the last of them."""
+    devices = [layer.input_layernorm.weight.device for layer in model.model.layers]
+    stages, begin = [], 0
+    for device, group in groupby(devices):
+        end = begin + len(list(group))
+        stages.append((device, range(begin, end)))
+        begin = end
+    head = model.model.norm.weight.device
+    return stages if head == stages[-1][0] else [*stages, (head, range(begin, begin))]
+
+
+class _Stage:
+    """A step on one device: neighbouring layers, before the first of them the embedding, behind the last one the output head.
+
+    What comes in is the tokens, or the stream x and what the last layer adds to it, each [B, D]; what goes out likewise, or the
+    logits.
+    """
+
+    def __init__(
+        self,
+        model: KeyeVL2ForConditionalGeneration,
+        cache: KeyeCache,
+        branches: Branches | None,
+        batch: int,
+        device: torch.device,
+        layers: range,
+    ) -> None:
+        self._model, self._cache, self._branches = model, cache, branches
+        self._device, self._layers = device, layers
+        # Lengths and positions, counted together.
+        self.counts = torch.zeros(2, batch, dtype=torch.int64, device=device)
+        self._lengths, self._positions = self.counts
+        self._frequencies = model.model.frequencies(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._given: tuple[Tensor, ...] | None = None
+        self._made: tuple[Tensor, ...] = ()
+
+    def step(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Take in what may come from another device, and compute; the result is overwritten by the next step."""
+        if self._given is None:
+            self._given = tuple(torch.empty_like(tensor, device=self._device) for tensor in given)
+        for mine, theirs in zip(self._given, given, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        if self._device.type != "cuda":
+            return self._run(self._given)
+        if self._graph is None:
+            self._capture(self._given)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._made
+
+    def _capture(self, given: tuple[Tensor, ...]) -> None:
         """The first run compiles and picks algorithms; what it writes the replay writes again, so only its counts are undone."""
-        stream = torch.cuda.Stream(self._ids.device)
-        stream.wait_stream(torch.cuda.current_stream(self._ids.device))
-        with torch.cuda.stream(stream):
-            self._run()
-            self._counts -= 1
-        torch.cuda.current_stream(self._ids.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._run()
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(given)
+                self.counts -= 1
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._made = self._run(given)
 
-    def _run(self) -> Tensor:
+    def _run(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The step itself, on the buffers."""
         decoder = self._model.model
-        x = decoder.embed_tokens(self._ids)
+        x: Tensor
+        delta: Tensor | None
+        if len(given) == 1:
+            x, delta = decoder.embed_tokens(given[0]), None
+        else:
+            # The stream is added to in place, and what came in has to last for another run.
+            x, delta = given[0].clone(), given[1]
         tables = dispatch.token_tables(self._positions, self._frequencies, x.dtype, "triton")
-        delta: Tensor | None = None
-        for number, layer in enumerate(decoder.layers):
+        for number in self._layers:
+            layer: Any = decoder.layers[number]
             normed = _normed(x, delta, layer.input_layernorm)
             delta = self._attend(layer.self_attn, number, normed, tables)
             delta = _feed_forward(layer, _normed(x, delta, layer.post_attention_layernorm))
-        logits = _linear(self._model.lm_head, _normed(x, delta, decoder.norm), torch.float32)
-        self._counts += 1
-        return logits
+        self.counts += 1
+        assert delta is not None
+        if self._layers.stop < len(decoder.layers) or decoder.norm.weight.device != self._device:
+            return x, delta
+        return (_linear(self._model.lm_head, _normed(x, delta, decoder.norm), torch.float32),)
 
     def _attend(
         self,
@@ -114,12 +175,13 @@ class StaticDecoder:
     ) -> Tensor:
         """normed [B, D] → what attention adds, [B, D]; writes the new token's keys and values."""
         cache, branches = self._cache, self._branches
-        assert cache.index_k is not None
+        k, v, index_k = cache.layer(layer)
+        assert index_k is not None
         q, index_q, gates = attention.place(normed[:, None], tables, self._lengths, cache, branches)
         indices = dispatch.select_keys(
-            index_q, gates, cache.index_k[layer], attention.top_k, None, self._lengths, "triton", branches, stepping=True
+            index_q, gates, index_k, attention.top_k, None, self._lengths, "triton", branches, stepping=True
         )  # fmt: skip
-        attended = dispatch.attended(q, cache.k[layer], cache.v[layer], indices, "triton", branches)
+        attended = dispatch.attended(q, k, v, indices, "triton", branches)
         return _linear(attention.o_proj, attended.flatten(1))
 
 
@@ -157,10 +219,10 @@ def decoder_for(
 def suits(model: KeyeVL2ForConditionalGeneration, cache: KeyeCache, branches: Branches | None = None) -> bool:
     """Whether a `StaticDecoder` can be made: the kernels compute, keys are selected, nobody watches, a few sequences at most."""
     layers = [layer.self_attn for layer in model.model.layers]
-    sequences = cache.k.shape[1] if branches is None else branches.count
+    sequences = cache.batch if branches is None else branches.count
     return (
         model.model.mode == "sparse"
         and sequences <= dispatch.DECODE_TOKENS
         and all(attention.observer is None and attention.can_join() for attention in layers)
-        and dispatch.backend_of(cache.k, layers[0].backend) == "triton"
+        and dispatch.backend_of(cache.parts[0].k, layers[0].backend) == "triton"
     )

@@ -106,7 +106,7 @@ class PromptFeeder:
         self._model = model
         self._cache = cache
         self._chunk_tokens = chunk_tokens
-        self._device = cache.k.device
+        self._device = cache.device
         self._embeds: list[Tensor] = []
         self._received = 0
         self._fed = 0
@@ -139,7 +139,7 @@ class PromptFeeder:
             )
         self._feed(len(self.prompt.input_ids), whole_chunks=False)
         assert self.hidden is not None
-        return self.hidden
+        return self.hidden.to(self._device)
 
     def _set_prompt(self, prompt: Prompt) -> None:
         self.prompt = prompt
@@ -203,7 +203,7 @@ def prefill_stream(
     settings = settings or StreamSettings()
     timings = timings or Timings(device=loaded.device)
     visuals = [visual_of(item) for item in inputs]
-    chunk_tokens = settings.chunk_tokens or prefill_chunk_tokens(loaded.device)
+    chunk_tokens = settings.chunk_tokens or prefill_chunk_tokens(loaded.device, loaded.offload)
     feeder = PromptFeeder(loaded.model, cache, lay_out(visuals), chunk_tokens)
     reader = _Reader(loaded, inputs, settings, exact_resize, strict)
     progress = _Progress(inputs, reader, feeder, on_progress)

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from keyecli.kernels import unions
 from keyecli.kernels.compile import CompileCase
 from keyecli.kernels.device import device_capability, precision_of
+from keyecli.kernels.fp8 import as_read, element_type, readable
 from keyecli.kernels.unions import GROUP, chunks
 
 Method = Literal["gather", "union", "dense"]
@@ -121,11 +122,16 @@ def sparse_attention(
     """Grouped-query attention of every query over its own keys; `reference.attend_indices` is the definition.
 
     q: [B, T, H, d]; k, v: [B, S, G, d], any strides (prefixes of longer buffers are read in place), H = G · 1, 2, 4 or 8, d 16,
-    32, 64 or 128, one of bf16, fp16 and fp32. indices: int [B, T, K], distinct keys of every query, −1 for none.
-    Returns the output [B, T, H, d] in q's type and the natural logarithm of the softmax denominators, fp32 [B, T, H]; 0 and
-    −inf for a query without keys. Gradients reach q, k and v through both, the same bits every time.
+    32, 64 or 128, one of bf16, fp16 and fp32; k and v also FP8. indices: int [B, T, K], distinct keys of every query, −1 for
+    none. Returns the output [B, T, H, d] in q's type and the natural logarithm of the softmax denominators, fp32 [B, T, H]; 0
+    and −inf for a query without keys. Gradients reach q, k and v through both, the same bits every time; with FP8 there are
+    none, ValueError where one is wanted.
     """
     check(q, k, v, indices)
+    if k.dtype != q.dtype and q.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "attention over FP8 keys and values has no gradients: keep them in the queries' type"
+        )
     if method is None:
         method = choose_method(q.shape[0], q.shape[1], k.shape[1], indices.shape[-1])
     out, lse = SparseAttention.apply(q, k, v, indices, method)
@@ -144,7 +150,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
         raise ValueError(f"indices of {list(indices.shape[:2])} queries for {list(q.shape[:2])}")
     if v.shape != k.shape:
         raise ValueError(f"values {list(v.shape)} for keys {list(k.shape)}")
-    if not q.dtype == k.dtype == v.dtype:
+    if k.dtype != v.dtype or k.dtype not in (q.dtype, torch.float8_e4m3fn):
         raise ValueError(f"queries, keys and values of types {q.dtype}, {k.dtype} and {v.dtype}")
 
 
@@ -191,7 +197,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tenso
     groups = k.shape[2]
     tile = tiles(device_capability(q.device), q.element_size()).gather
     _gather_kernel[(batch * queries * groups,)](
-        q, k, v, indices, out, lse, queries, indices.shape[-1], groups,
+        q, readable(k), readable(v), indices, out, lse, queries, indices.shape[-1], groups,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], dim**-0.5 * LOG2_E.value,
         RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -211,7 +217,7 @@ def attend_grouped(
     for chunk in chunks(indices, keys, queries_of_group, "bitmap" if dense else "unions"):
         entries = chunk.tile_lists(tile.keys) if dense else chunk.unions()
         _attend_kernel[(heads // heads_of_tile * chunk.groups,)](
-            q, k, v, out, lse, *entries.pointers(), chunk.first_group, chunk.groups_per_sequence,
+            q, readable(k), readable(v), out, lse, *entries.pointers(), chunk.first_group, chunk.groups_per_sequence,
             q.shape[1], heads, entries.keys.stride(0), entries.words.stride(0), *q.stride()[:3],
             k.stride(0), k.stride(2), v.stride(0), v.stride(2), scale,
             K_KEY=k.stride(1), V_KEY=v.stride(1), RATIO=ratio, HEADS=heads_of_tile, QUERIES=queries_of_group,
@@ -292,7 +298,7 @@ def selected_probabilities(q: Tensor, k: Tensor, indices: Tensor, lse: Tensor) -
     tile = tiles(device_capability(q.device), q.element_size()).probabilities
     probabilities = torch.empty(indices.shape, dtype=torch.float32, device=q.device)
     _probabilities_kernel[(batch * queries, triton.cdiv(length, tile.keys))](
-        q, k, indices, lse, probabilities, queries, length, groups, *q.stride()[:3], *k.stride()[:3],
+        q, readable(k), indices, lse, probabilities, queries, length, groups, *q.stride()[:3], *k.stride()[:3],
         dim**-0.5 * LOG2_E.value, RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -318,9 +324,9 @@ def attend_list(
 ):
     """Rows of one query's heads over the entries begin … end − 1 of its list.
 
-    queries: tile [rows, DIM]; k, v: pointers to the key/value head, whose keys from `shared` on stand `offset` rows further.
-    Returns the weighted sum of values [rows, DIM] without
-    its denominator, the largest scaled logit (base 2) and the denominator [rows]; 0, −inf and 0 where there was no key.
+    queries: tile [rows, DIM]; k, v: pointers to the key/value head, also FP8, whose keys from `shared` on stand `offset` rows
+    further. Returns the weighted sum of values [rows, DIM] without its denominator, the largest scaled logit (base 2) and the
+    denominator [rows]; 0, −inf and 0 where there was no key.
     """
     dims = tl.arange(0, DIM)
     offsets = tl.arange(0, KEYS)
@@ -337,6 +343,8 @@ def attend_list(
         keys = tl.load(k + rows * k_key + dims[None, :], mask=present[:, None], other=0.0)
         # Asked for together: one tile is often all that a program has, and then nothing else hides the way from memory.
         values = tl.load(v + rows * v_key + dims[None, :], mask=present[:, None], other=0.0)
+        keys = as_read(keys, queries.dtype)
+        values = as_read(values, queries.dtype)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         logits = tl.where(present[None, :], logits, float("-inf"))
         largest = tl.maximum(maximum, tl.max(logits, 1))
@@ -525,6 +533,7 @@ def _attend_kernel(
             next_keys = tl.load(entries + (step + 1) * KEYS + offsets)
             words = tl.load(words_of_entries + step * KEYS + offsets)
             key_rows = tl.load(k + keys.to(tl.int64)[:, None] * K_KEY + dims[None, :])
+        key_rows = as_read(key_rows, queries.dtype)
         logits = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION)
         logits = _only_selected(logits, words[None, :], bits[:, None], ASSEMBLY)
         largest = tl.maximum(maximum, tl.max(logits, 1))
@@ -539,6 +548,7 @@ def _attend_kernel(
             )
         else:
             value_rows = tl.load(v + keys.to(tl.int64)[:, None] * V_KEY + dims[None, :])
+        value_rows = as_read(value_rows, queries.dtype)
         sums = tl.dot(weights.to(value_rows.dtype), value_rows, sums, input_precision=PRECISION)
         maximum = largest
         keys = next_keys
@@ -820,6 +830,7 @@ def _probabilities_kernel(
         q_rows = q + batch * q_batch + token * q_token + head.to(tl.int64) * q_head
         queries = tl.load(q_rows[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
         keys = tl.load(k_rows[:, None] + dims[None, :], mask=present[:, None], other=0.0)
+        keys = as_read(keys, queries.dtype)
         row_lse = tl.load(lse + row * (key_heads * RATIO) + head, mask=inside, other=0.0) * LOG2_E
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         weights = tl.exp2(logits - row_lse[:, None])
@@ -858,22 +869,32 @@ def compile_cases(capability: int) -> list[CompileCase]:
                 ("delta", _delta_kernel, Tile(0, 4, 3), {"DIM": dim, "HAS_LSE": True}),
             ]
         cases += [
-            _case(f"{name}, {kind} {dim}", kernel, kind, tile, way) for name, kernel, tile, way in launches
+            _case(f"{name}, {kind} {dim}", kernel, kind, kind, tile, way)
+            for name, kernel, tile, way in launches
         ]
+        forward = (_attend_kernel, _gather_kernel, _probabilities_kernel)
+        if dim == 128:
+            cases += [
+                _case(f"{name}, {kind} {dim} over fp8", kernel, kind, element_type(capability), tile, way)
+                for name, kernel, tile, way in launches
+                if kernel in forward
+            ]
     return cases
 
 
 # What the arguments of the kernels point to, None for the type of q; other arguments are whole numbers.
 _POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "out", "out_gradient", "q_gradient")),
+    **dict.fromkeys(("q", "out", "out_gradient", "q_gradient")),
     **dict.fromkeys(("lse", "lse_gradient", "delta", "k_gradient", "v_gradient", "probabilities"), "*fp32"),
     **dict.fromkeys(("indices", "entries", "words_of_entries", "counts", "readers"), "*i32"),
 }
 _STRIDES = ("_batch", "_token", "_head", "_key", "_stride")
 
 
-def _case(name: str, kernel: Any, kind: str, tile: Tile, constants: dict[str, Any]) -> CompileCase:
-    """A launch with 64-bit strides that are multiples of 16, as those of every cache are."""
+def _case(
+    name: str, kernel: Any, kind: str, key_kind: str, tile: Tile, constants: dict[str, Any]
+) -> CompileCase:
+    """A launch with 64-bit strides that are multiples of 16, as those of every cache are. key_kind: type of k and v."""
     of_tile = {"KEYS": tile.keys, "HEADS": tile.heads, "QUERIES": tile.queries, "K_KEY": 512, "V_KEY": 512}
     constants = {**{name: value for name, value in of_tile.items() if name in kernel.arg_names}, **constants}
     signature = {}
@@ -882,6 +903,8 @@ def _case(name: str, kernel: Any, kind: str, tile: Tile, constants: dict[str, An
             signature[argument] = "constexpr"
         elif argument == "bitmap" or (argument == "words_of_entries" and constants["DENSE"]):
             signature[argument] = f"*i{tile.queries}"
+        elif argument in ("k", "v"):
+            signature[argument] = f"*{key_kind}"
         elif argument in _POINTERS:
             signature[argument] = _POINTERS[argument] or f"*{kind}"
         elif argument.endswith("scale"):

@@ -25,6 +25,8 @@ MODULES = (
     "vision",
     "step",
     "linear",
+    "quantized",
+    "quantized_experts",
 )
 # The most shared memory that one block may ask for, in bytes, by compute capability.
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}

@@ -31,6 +31,7 @@ from keyecli.kernels.device import (
     precision_of,
     wait_for_previous,
 )
+from keyecli.kernels.fp8 import element_type, readable
 from keyecli.kernels.reference import Branches
 from keyecli.kernels.unions import GROUP
 
@@ -77,9 +78,10 @@ def decode_attention(
 ) -> Tensor:
     """Grouped-query attention of new tokens over their own keys: the output of `reference.attend_indices`.
 
-    q: [B, T, H, d]; k, v: [B, S, G, d], any strides (cache buffers are read in place, whatever stands in rows that nobody
-    selects), with `branches` [1, rows, G, d]; indices: int32 [B, T, K], −1 for none. out: contiguous [B, T, H, d] in q's type,
-    and workspace, as `decode_workspace` makes it, spare the allocations. Returns `out`; 0 for a token without keys. No gradients.
+    q: [B, T, H, d]; k, v: [B, S, G, d], also FP8, any strides (cache buffers are read in place, whatever stands in rows that
+    nobody selects), with `branches` [1, rows, G, d]; indices: int32 [B, T, K], −1 for none. out: contiguous [B, T, H, d] in q's
+    type, and workspace, as `decode_workspace` makes it, spare the allocations. Returns `out`; 0 for a token without keys. No
+    gradients.
     """
     batch, tokens, heads, dim = q.shape
     if branches is None:
@@ -101,7 +103,7 @@ def decode_attention(
     shared, room = (k.shape[1], 0) if branches is None else (branches.shared, branches.room)
     strides = [0 if branches and axis == 0 else cache.stride(axis) for cache in (k, v) for axis in range(3)]
     _part_kernel[(batch * tokens * groups * parts,)](
-        q, k, v, indices, workspace, tokens, length, groups, parts, entries, rows, shared, room,
+        q, readable(k), readable(v), indices, workspace, tokens, length, groups, parts, entries, rows, shared, room,
         *q.stride()[:3], *strides, dim**-0.5 * LOG2_E.value,
         RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages, **dependent_launch(q.device),
@@ -209,24 +211,30 @@ def _combine_kernel(
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Both kernels as the 30B model launches them for one token of 2048 selected keys, and in fp32."""
+    """Both kernels as the 30B model launches them for one token of 2048 selected keys, and in fp32; also over FP8."""
     cases = []
-    for kind, element_bytes, dim in (("bf16", 2, 128), ("bf16", 2, 64), ("fp32", 4, 128)):
+    fp8 = element_type(capability)
+    for kind, element_bytes, dim, key_kind in (
+        ("bf16", 2, 128, "bf16"), ("bf16", 2, 64, "bf16"), ("fp32", 4, 128, "fp32"), ("bf16", 2, 128, fp8)
+    ):  # fmt: skip
         tile = tile_of(capability, element_bytes)
         precision = "ieee" if kind == "fp32" else "tf32"
         constants: dict[str, Any] = {"RATIO": 8, "DIM": dim, "KEYS": tile.keys, "PRECISION": precision}
         constants["DEPENDENT"] = capability >= 90
-        tensors = {**dict.fromkeys(("q", "k", "v"), f"*{kind}"), "indices": "*i32", "workspace": "*fp32"}
+        tensors = {"q": f"*{kind}", **dict.fromkeys(("k", "v"), f"*{key_kind}")}
+        tensors |= {"indices": "*i32", "workspace": "*fp32"}
         counts = dict.fromkeys(
             ("tokens", "length", "key_heads", "parts", "entries", "rows", "shared", "room"), "i32"
         )
         strides = {f"{name}": "i64" for name in _part_kernel.arg_names if name[1:2] == "_"}
         signature = {**tensors, **counts, **strides, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
         aligned = (*tensors, *strides, "length", "entries")
-        name = f"{kind} {dim}"
+        name = f"{kind} {dim}" if key_kind == kind else f"{kind} {dim} over fp8"
         cases.append(
             CompileCase(f"part {name}", _part_kernel, signature, constants, tile.warps, tile.stages, aligned)
         )
+        if key_kind != kind:
+            continue  # the parts are combined as they were
         combine = {"workspace": "*fp32", "out": f"*{kind}", "parts": "i32", "rows": "i32"}
         combine |= dict.fromkeys(("DIM", "PARTS", "DEPENDENT"), "constexpr")
         cases.append(

@@ -7,7 +7,7 @@ Letters as in `reference`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Literal
 
@@ -163,6 +163,13 @@ def moe_experts(
         return kernels.moe_experts(x, weights, experts, gate_up, down)
 
 
+def by_vectors(x: Tensor, backend: Backend | None = None) -> bool:
+    """Whether x [T, D] goes through its experts by matrix-vector products: they read a weight once, on the device or in pinned
+    memory of the host."""
+    few = len(x) <= DECODE_TOKENS and not torch.is_grad_enabled()
+    return few and backend_of(x, backend) == "triton"
+
+
 def routed_experts(
     x: Tensor,
     logits: Tensor,
@@ -173,8 +180,7 @@ def routed_experts(
     backend: Backend | None = None,
 ) -> Tensor:
     """`reference.routed_experts`; a few tokens, where no gradient is wanted, by matrix-vector products."""
-    few = len(x) <= DECODE_TOKENS and not torch.is_grad_enabled()
-    if backend_of(x, backend) == "reference" or not few:
+    if not by_vectors(x, backend):
         return moe_experts(x, *route(logits, top_k, normalise, backend), gate_up, down, backend)
     with _naming("the experts of new tokens", x.device):
         from keyecli.kernels import experts as kernels
@@ -275,17 +281,18 @@ def quantized_experts(
     with _naming("the quantised experts", x.device):
         from keyecli.kernels import quantized_experts as kernels
 
-        few = len(x) <= DECODE_TOKENS and not torch.is_grad_enabled()
-        return kernels.quantized_experts(x, logits, top_k, normalise, gate_up, down, few)
+        return kernels.quantized_experts(x, logits, top_k, normalise, gate_up, down, by_vectors(x, backend))
 
 
 @contextmanager
 def _naming(operation: str, device: torch.device) -> Iterator[None]:
-    """A kernel that does not compile, or does not fit the card, becomes a `KernelError` that names both."""
+    """Launches on this device, whichever is the current one. A kernel that does not compile, or does not fit the card, becomes a
+    `KernelError` that names both."""
     from triton.errors import TritonError
 
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     except TritonError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KernelError(

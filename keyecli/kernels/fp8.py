@@ -47,9 +47,9 @@ def as_read(rows, KIND: tl.constexpr):
 
 
 @triton.jit
-def as_written(values, KIND: tl.constexpr):
-    """Values to be stored in `writable` keys or values of type KIND; for bytes the FP8 that `reference.stored` makes."""
-    if KIND == tl.uint8:
+def as_written(values, kind: tl.constexpr):
+    """Values to be stored in `writable` keys or values of this kind; for bytes the FP8 that `reference.stored` makes."""
+    if kind == tl.uint8:
         wide = values.to(tl.float32)
         bits = wide.to(tl.uint32, bitcast=True)
         sign = (bits >> 24) & 0x80
@@ -65,4 +65,4 @@ def as_written(values, KIND: tl.constexpr):
         byte = tl.where(size < 0x3C800000, small, normal)
         return (tl.where(nothing, 0x7F, byte) | sign).to(tl.uint8)
     else:
-        return values.to(KIND)
+        return values.to(kind)

@@ -212,7 +212,7 @@ def quantized_experts(
     """x [T, D] through the experts that router logits [T, E] choose → [T, D]; see `quantized_weights.quantized_experts`.
 
     `few`: by matrix-vector products, and then a token's result is the same whatever stands beside it. ValueError when
-    shapes do not fit together.
+    shapes do not fit together, and where a gradient would be wanted.
     """
     (tokens, model), (num_experts, double, inner) = x.shape, gate_up.shape
     if (
@@ -222,6 +222,8 @@ def quantized_experts(
     ):
         shapes = ", ".join(str(list(part.shape)) for part in (x, logits, gate_up, down))
         raise ValueError(f"x, logits, gate_up and down do not fit together: {shapes}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the kernels of quantised experts have no gradients: use the definition")
     x = x if x.stride(1) == 1 else x.contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     if tokens == 0:

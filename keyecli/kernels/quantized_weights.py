@@ -16,6 +16,7 @@ group is that of the group's input p · G/P + j. So the codes at one place of ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -71,6 +72,10 @@ class QuantizedMatrix:
         """By name, in the order in which they are saved."""
         parts = {"codes": self.codes, "scale": self.scale, "zero": self.zero}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        """Another of the same kind, of tensors as in `tensors`."""
+        return QuantizedMatrix(self.method, tensors["codes"], tensors["scale"], tensors.get("zero"))
 
     def __getitem__(self, index: int | slice) -> QuantizedMatrix:
         """A part along the first dimension: one expert, or some rows."""

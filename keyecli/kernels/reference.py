@@ -3,6 +3,9 @@
 B batch, T queries, S keys, H query heads, G key/value heads, d head dim, J indexer heads, e indexer dim,
 K most keys a query selects, N frames, P patches a frame, R routed rows, E experts, F expert width, D model width.
 Queries are always the last T of the S positions: query row t stands at position S − T + t.
+
+Keys and values that attention reads may be FP8 (float8_e4m3fn, see `stored`): converting them to the queries' type, which is
+exact, is the definition. No gradient reaches them.
 """
 
 from __future__ import annotations
@@ -58,6 +61,21 @@ def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
     while len(matrix) < dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return matrix
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of type `dtype` holds them: float8_e4m3fn rounded to the nearest, ties to even, else converted.
+
+    FP8 has three bits of mantissa (a relative error of at most 1/16), saturates at ±448, infinities too, and keeps NaN; there
+    are no scales. Below 2⁻⁶ its steps are all 2⁻⁹, and what is below 2⁻¹⁰ becomes 0. Keys are normalised, to a root mean square
+    of about their norm's weights, and lose little; values are what they are: small ones beside large ones lose most, and a
+    head whose values are all below a thousandth is lost. No gradients pass: ValueError where one is wanted.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("an FP8 cache has no gradients: keep keys and values in the model's type")
+    return x.float().clamp(-FP8_LARGEST, FP8_LARGEST).to(dtype)
 
 
 def quantise_index(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +207,14 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     q: [B, T, H, d]; k, v: [B, S, G, d]; mask: bool [B or 1, T, S], no empty row. Returns [B, T, H, d].
     """
+    if k.dtype == torch.float8_e4m3fn:
+        # A head at a time, so that no converted copy of a whole cache exists.
+        ratio = q.shape[2] // k.shape[2]
+        heads = [
+            masked_attention(part, k[:, :, g : g + 1].to(q.dtype), v[:, :, g : g + 1].to(q.dtype), mask)
+            for g, part in enumerate(q.split(ratio, dim=2))
+        ]
+        return torch.cat(heads, dim=2)
     attended = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.unsqueeze(1), enable_gqa=True
     )
@@ -203,14 +229,14 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tens
     """
     batch, queries, heads, dim = q.shape
     groups = k.shape[2]
-    row_bytes = 2 * indices.shape[-1] * groups * dim * k.element_size() * batch
+    row_bytes = 2 * indices.shape[-1] * groups * dim * q.element_size() * batch
     block = max(1, GATHER_WORKSPACE_BYTES // row_bytes)
     rows = torch.arange(batch, device=q.device)[:, None, None]
     outputs = []
     for begin in range(0, queries, block):
         chosen = indices[:, begin : begin + block]
-        keys = k[rows, chosen.clamp(min=0)]
-        values = v[rows, chosen.clamp(min=0)]
+        keys = k[rows, chosen.clamp(min=0)].to(q.dtype)
+        values = v[rows, chosen.clamp(min=0)].to(q.dtype)
         grouped = q[:, begin : begin + block].unflatten(2, (groups, heads // groups))
         logits = torch.einsum("btgrd,btkgd->btgrk", grouped, keys).float() * dim**-0.5
         logits = logits.masked_fill((chosen < 0)[:, :, None, None], float("-inf"))
@@ -290,6 +316,7 @@ def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Softmax weights of every head over the keys of `mask`: q [B, T, H, d], k [B, S, G, d] → fp32 [B, H, T, S]."""
     heads, dim = q.shape[2:]
     groups = k.shape[2]
+    k = k.to(q.dtype)
     grouped = q.transpose(1, 2).unflatten(1, (groups, heads // groups))
     logits = (grouped @ k.transpose(1, 2).unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * dim**-0.5
     return logits.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
@@ -407,8 +434,8 @@ def place_projections(
     projected: [B, T, (H + 2G) · d + J · e + J + e], q, k, v, the indexer's queries, its gates, its key. tables: cos and sin
     [B, T, d] of the heads, cos and sin [B, T, e] of the indexer, the first half of a row equal to its second. lengths: int [B],
     where each sequence's first new token belongs. norms: weights of q and k [d], of the indexer's queries [e], weight and bias
-    of its key [e]. caches: k and v [B, S, G, d], indexer keys [B, S, e]; with `branches` those of batch 1. Returns
-    q [B, T, H, d], indexer queries [B, T, J, e] and gates [B, T, J].
+    of its key [e]. caches: k and v [B, S, G, d], also FP8, which get what `stored` makes of keys and values, and indexer keys
+    [B, S, e]; with `branches` those of batch 1. Returns q [B, T, H, d], indexer queries [B, T, J, e] and gates [B, T, J].
     """
     heads, groups, dim = shape.heads, shape.groups, shape.dim
     index_heads, index_dim = shape.index_heads, shape.index_dim
@@ -431,8 +458,8 @@ def place_projections(
         places = torch.where(places < branches.shared, places, places + rows * branches.room)
         rows = torch.zeros_like(rows)
     k_cache, v_cache, ik_cache = caches
-    k_cache[rows, places] = rotated(k, cos, sin)
-    v_cache[rows, places] = v.unflatten(-1, (groups, dim))
+    k_cache[rows, places] = stored(rotated(k, cos, sin), k_cache.dtype)
+    v_cache[rows, places] = stored(v.unflatten(-1, (groups, dim)), v_cache.dtype)
     ik_cache[rows, places] = rotated(normed.to(ik.dtype)[:, :, None], index_cos, index_sin)[:, :, 0]
     return rotated(q, cos, sin), rotated(iq, index_cos, index_sin), gates
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
 from keyecli.kernels.device import dependent_launch, let_next_begin, wait_for_previous
+from keyecli.kernels.fp8 import as_written, writable
 from keyecli.kernels.reference import Branches, StepShape
 
 
@@ -108,13 +109,16 @@ def _place_kernel(
             tl.store(target + half + columns, high, mask=inside)
         else:
             head = part - H
-            target = k_cache + sequence * k_batch + place * k_token + head * DIM
-            tl.store(target + columns, low, mask=inside)
-            tl.store(target + half + columns, high, mask=inside)
+            held: tl.constexpr = k_cache.dtype.element_ty
+            k_place = k_cache + sequence * k_batch + place * k_token + head * DIM
+            tl.store(k_place + columns, as_written(low, held), mask=inside)
+            tl.store(k_place + half + columns, as_written(high, held), mask=inside)
             source = row + (H + G + head) * DIM
-            target = v_cache + sequence * v_batch + place * v_token + head * DIM
-            tl.store(target + columns, tl.load(source + columns, mask=inside), mask=inside)
-            tl.store(target + half + columns, tl.load(source + half + columns, mask=inside), mask=inside)
+            v_place = v_cache + sequence * v_batch + place * v_token + head * DIM
+            low = tl.load(source + columns, mask=inside)
+            high = tl.load(source + half + columns, mask=inside)
+            tl.store(v_place + columns, as_written(low, held), mask=inside)
+            tl.store(v_place + half + columns, as_written(high, held), mask=inside)
     else:
         inside = columns < index_half
         head = part - (H + G)
@@ -224,8 +228,8 @@ def place_projections(
     shared, room = (k_cache.shape[1], 0) if branches is None else (branches.shared, branches.room)
     strides = [0 if branches and axis == 0 else cache.stride(axis) for cache in caches for axis in (0, 1)]
     _place_kernel[(parts * batch * tokens,)](
-        rows, *(table.contiguous() for table in tables), lengths, tokens, *norms, q, k_cache, v_cache, iq, gates, ik_cache,
-        shared, room, rows.stride(0), *strides, shape.eps, shape.index_eps,
+        rows, *(table.contiguous() for table in tables), lengths, tokens, *norms, q, writable(k_cache), writable(v_cache), iq,
+        gates, ik_cache, shared, room, rows.stride(0), *strides, shape.eps, shape.index_eps,
         H=shape.heads, G=shape.groups, DIM=shape.dim, J=shape.index_heads, J_PADDED=triton.next_power_of_2(shape.index_heads),
         INDEX_DIM=shape.index_dim, HALF_PADDED=triton.next_power_of_2(max(shape.dim, shape.index_dim) // 2), num_warps=1,
         **dependent_launch(device),
@@ -234,7 +238,7 @@ def place_projections(
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Both kernels in the 30B shape, bf16."""
+    """The kernels in the 30B shape, bf16; placing into an FP8 cache too."""
     norm = {
         "x": "*bf16",
         "delta": "*bf16",
@@ -277,4 +281,8 @@ def compile_cases(capability: int) -> list[CompileCase]:
             ("x", "delta", "weight", "normed", "x_row", "delta_row", "D"),
         ),
         CompileCase("place projections", _place_kernel, place, sizes, 1, 2, aligned),
+        CompileCase(
+            "place projections into fp8", _place_kernel, place | dict.fromkeys(("k_cache", "v_cache"), "*u8"), sizes,
+            1, 2, aligned,
+        ),
     ]  # fmt: skip

@@ -6,7 +6,7 @@ B batch, T new tokens, S all tokens so far, H query heads, G key/value heads, d 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,8 +25,8 @@ from keyecli.model.rope import rotate_half_split
 AttentionMode = Literal["sparse", "dense"]
 # The indexer's queries [B, T, J, e], gates [B, T, J] and keys [B, S, e].
 IndexerOutput = tuple[Tensor, Tensor, Tensor]
-# Is shown what a layer attends with: its number, q [B, T, H, d], k and v [B, S, G, d], and the indexer's output, None where
-# nothing is selected and so every visible key is attended to.
+# Is shown what a layer attends with: its number, q [B, T, H, d], k and v [B, S, G, d] as the cache stores them, and the
+# indexer's output, None where nothing is selected and so every visible key is attended to.
 AttentionObserver = Callable[[int, Tensor, Tensor, Tensor, IndexerOutput | None], None]
 
 
@@ -49,6 +49,18 @@ class AttentionContext:
     mode: AttentionMode = "sparse"
     teach_indexer: bool = False
     lengths: Tensor | None = None
+
+    def to(self, device: torch.device) -> AttentionContext:
+        """The same for layers on another device."""
+        cos, sin = self.rope
+        index_rope = self.index_rope
+        return replace(
+            self,
+            rope=(cos.to(device), sin.to(device)),
+            index_rope=None if index_rope is None else (index_rope[0].to(device), index_rope[1].to(device)),
+            segments=None if self.segments is None else self.segments.to(device),
+            lengths=None if self.lengths is None else self.lengths.to(device),
+        )
 
 
 class SparseAttention(nn.Module):
@@ -134,13 +146,14 @@ class SparseAttention(nn.Module):
         """
         indexer = self.sa_indexer
         assert indexer is not None
-        assert cache.index_k is not None
+        k, v, index_k = cache.layer(self.layer)
+        assert index_k is not None
         norms = (
             self.q_norm.weight, self.k_norm.weight, indexer.q_norm.weight, indexer.k_norm.weight, indexer.k_norm.bias
         )  # fmt: skip
         return dispatch.place_projections(
             self.projected(x), tables, lengths, norms,
-            (cache.k[self.layer], cache.v[self.layer], cache.index_k[self.layer]), self._shape, "triton", branches,
+            (k, v, index_k), self._shape, "triton", branches,
         )  # fmt: skip
 
     def _projections(self) -> tuple[Any, ...]:
@@ -213,8 +226,8 @@ class SparseAttention(nn.Module):
         if plain and queries == keys and bounded:
             head = torch.nn.functional.scaled_dot_product_attention(
                 q[:, :plain].transpose(1, 2),
-                k[:, :plain].transpose(1, 2),
-                v[:, :plain].transpose(1, 2),
+                k[:, :plain].transpose(1, 2).to(q.dtype),
+                v[:, :plain].transpose(1, 2).to(q.dtype),
                 is_causal=True,
                 enable_gqa=True,
             ).transpose(1, 2)

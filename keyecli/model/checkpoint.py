@@ -34,6 +34,8 @@ from keyecli.model.companions import (
 )
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.offload import share_buffers
+from keyecli.model.placement import WeightPlaces, one_device
 from keyecli.model.quantize import (
     STORED_PARTS,
     Quantization,
@@ -188,16 +190,17 @@ def _weight_of(module: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
 def load_model(
     folder: Path | str,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | WeightPlaces = "cpu",
     dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> KeyeVL2ForConditionalGeneration:
     """Build the model of `folder` on `device` in `dtype` (default: the configuration's, else the weights' own), in eval mode.
 
-    Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. `quantization` quantises on the way,
-    to the same bits as `quantize_folder` would write, whatever the device and `dtype`. `on_progress(done, total)` is
-    told the bytes read. ModelError names the first thing wrong: a damaged or missing shard, a tensor that is missing,
+    `device` may say more: on which devices the layers are, and that the experts are in the host's memory. Reads
+    `model.safetensors`, or the shards that `model.safetensors.index.json` names. `quantization` quantises on the way, to
+    the same bits as `quantize_folder` would write, whatever the device and `dtype`. `on_progress(done, total)` is told
+    the bytes read. ModelError names the first thing wrong: a damaged or missing shard, a tensor that is missing,
     unexpected, misshapen or of a wrong type, another quantisation; all of it is found before any weight is read.
     """
     plan = plan_load(folder, quantization)
@@ -205,7 +208,7 @@ def load_model(
     if dtype is None:
         own = config.dtype
         dtype = own if isinstance(own, torch.dtype) else _most_common_dtype(_dense_entries(plan))
-    for name, tensor in stream_weights(plan, torch.device(device), dtype, on_progress):
+    for name, tensor in stream_weights(plan, device, dtype, on_progress):
         _put(model, name, tensor)
     model.config.dtype = dtype
     if plan.quantization is not None:
@@ -217,6 +220,8 @@ def load_model(
         raise ModelError(
             f"nothing in {plan.folder} fills {first_of(left)}: this is not a checkpoint of this model"
         )
+    if isinstance(device, WeightPlaces) and device.host_experts:
+        share_buffers(model.model.layers)
     return model.eval()
 
 
@@ -349,7 +354,7 @@ class _Target:
 
 def stream_weights(
     plan: LoadPlan,
-    device: torch.device,
+    device: torch.device | str | WeightPlaces,
     dtype: torch.dtype | None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -363,6 +368,9 @@ def stream_weights(
         by_shard[plan.entries[name].shard].append(name)
         left[placement.parameter] += 1
     total, done = plan.read_bytes, 0
+    places = device
+    if not isinstance(places, WeightPlaces):
+        places = one_device(places, plan.model.config.num_hidden_layers)
     targets: dict[str, _Target] = {}
     for shard, names in by_shard.items():
         try:
@@ -371,10 +379,11 @@ def stream_weights(
                     placement = plan.placements[name]
                     target = targets.get(placement.parameter)
                     if target is None:
-                        made = _empty_tensors(plan, name, placement.parameter, device, dtype)
+                        made = _empty_tensors(plan, name, placement.parameter, places, dtype)
                         target = targets[placement.parameter] = _Target(made, left[placement.parameter])
                     if placement.parameter in plan.quantised:
-                        _fill_quantised(target, file, name, placement, plan)
+                        at = places.device_of(placement.parameter)
+                        _fill_quantised(target, file, name, placement, plan, at)
                     else:
                         _fill(target.tensors[placement.parameter], file.get_tensor(name), placement)
                     target.left -= 1
@@ -389,21 +398,21 @@ def stream_weights(
 
 
 def _empty_tensors(
-    plan: LoadPlan, name: str, parameter: str, device: torch.device, dtype: torch.dtype | None
+    plan: LoadPlan, name: str, parameter: str, places: WeightPlaces, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """What the tensor `name` of the files is a part of, by its names in the model's state, not filled yet."""
     if parameter in plan.quantised:
         module = plan.model.get_submodule(plan.quantised[parameter])
         assert isinstance(module, Quantized)
-        return {
-            f"{plan.quantised[parameter]}.{part}": torch.empty_like(buffer, device=device)
-            for part, buffer in module.matrix.tensors.items()
+        names = {
+            f"{plan.quantised[parameter]}.{part}": buffer for part, buffer in module.matrix.tensors.items()
         }
+        return {name: places.empty(name, buffer.shape, buffer.dtype) for name, buffer in names.items()}
     like = plan.model.get_submodule(parameter.rpartition(".")[0])
     old = getattr(like, parameter.rpartition(".")[2])
     kept = isinstance(like, Quantized) and parameter.rpartition(".")[2] in STORED_PARTS
     chosen = old.dtype if kept else dtype or SAFETENSORS_DTYPES[plan.entries[name].dtype]
-    return {parameter: torch.empty(old.shape, dtype=chosen, device=device)}
+    return {parameter: places.empty(parameter, old.shape, chosen)}
 
 
 def _fill(target: Tensor, source: Tensor, placement: Placement) -> None:
@@ -414,11 +423,12 @@ def _fill(target: Tensor, source: Tensor, placement: Placement) -> None:
             target[placement.expert].narrow(1, placement.first_column, placement.shape[0]).copy_(source.t())
 
 
-def _fill_quantised(target: _Target, file: Any, name: str, placement: Placement, plan: LoadPlan) -> None:
-    """Quantise one tensor of the files, [out, in], or one expert of a fused one [E, in, out] after another."""
+def _fill_quantised(
+    target: _Target, file: Any, name: str, placement: Placement, plan: LoadPlan, device: torch.device
+) -> None:
+    """Quantise one tensor of the files, [out, in], or one expert of a fused one [E, in, out] after another, on `device`."""
     assert plan.quantization is not None
     parts = {part.rpartition(".")[2]: tensor for part, tensor in target.tensors.items()}
-    device = parts["codes"].device
     stored = file.get_slice(name)
     first = placement.first_column
     rows = slice(first, first + placement.shape[0])

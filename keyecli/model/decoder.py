@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,7 +59,8 @@ class TextDecoder(nn.Module):
         """Hidden states after the final norm, and the layers' mean indexer divergence when asked.
 
         inputs_embeds: [B, T, D]; position_ids: int [3, B, T]; segments: int [B, T], only without a cache. Appends T tokens
-        to the cache. Returns [B, T, D] and fp32 [B, T] or None.
+        to the cache. Returns [B, T, D] and fp32 [B, T] or None. Where layers are on several devices, the states move at the
+        borders, and what returns is on the device of the final norm.
         """
         if cache is not None and segments is not None:
             raise ValueError("segments are for passes without a cache")
@@ -73,12 +76,15 @@ class TextDecoder(nn.Module):
         )
         x, divergences = inputs_embeds, []
         for layer in self.layers:
+            device = cast(DecoderLayer, layer).input_layernorm.weight.device
+            if x.device != device:
+                x, context = x.to(device), context.to(device)
             x, divergence = layer(x, context)
             divergences.append(divergence)
         if cache is not None:
             cache.advance(inputs_embeds.shape[1])
         mean_divergence = torch.stack(divergences).mean(0) if teach_indexer else None
-        return self.norm(x), mean_divergence
+        return self.norm(x.to(self.norm.weight.device)), mean_divergence
 
     def _placed_lengths(self, x: Tensor, cache: KeyeCache | None, teach_indexer: bool) -> Tensor | None:
         """`AttentionContext.lengths` where the kernels may place new tokens: with a cache, without anything to differentiate."""
@@ -87,7 +93,7 @@ class TextDecoder(nn.Module):
         backend = dispatch.backend_of(x, first.self_attn.backend)
         if (
             cache is None
-            or cache.index_k is None
+            or self.config.sa_config is None
             or teach_indexer
             or torch.is_grad_enabled()
             or backend != "triton"

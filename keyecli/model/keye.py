@@ -123,8 +123,9 @@ class KeyeVL2ForConditionalGeneration(PreTrainedModel):
         return self.model(inputs_embeds, position_ids, cache)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] → next-token logits [..., vocabulary], fp32."""
-        return self.lm_head(hidden).float()
+        """Hidden states [..., D] → next-token logits [..., vocabulary], fp32, on their device wherever the output head is."""
+        head = next(self.lm_head.parameters()).device
+        return self.lm_head(hidden.to(head)).float().to(hidden.device)
 
     def next_token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of cross-entropies of labels [..., T] (−100: none), each predicted from the hidden state [..., T, D] in its place.

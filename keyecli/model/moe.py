@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,9 +11,15 @@ from torch import Tensor, nn
 from keyecli.kernels import dispatch
 from keyecli.model.config import KeyeVL2Config
 
+if TYPE_CHECKING:
+    from keyecli.model.offload import HostExperts
+
 
 class Experts(nn.Module):
-    """All experts of a layer in two tensors, [expert, in, out] as in the official files."""
+    """All experts of a layer in two tensors, [expert, in, out] as in the official files.
+
+    host: set where they are in the host's memory and the layer computes elsewhere.
+    """
 
     def __init__(self, config: KeyeVL2Config) -> None:
         super().__init__()
@@ -19,14 +27,18 @@ class Experts(nn.Module):
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, 2 * width))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, width, config.hidden_size))
+        self.host: HostExperts | None = None
 
     def routed(
         self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
     ) -> Tensor:
         """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""
-        return dispatch.routed_experts(
-            x, logits, top_k, normalise, self.gate_up_proj, self.down_proj, backend
-        )
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
+        if self.host is not None and not dispatch.by_vectors(x, backend):
+            tensors = self.host.on_device()
+            gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
+        return dispatch.routed_experts(x, logits, top_k, normalise, gate_up, down, backend)
 
 
 class SparseMoE(nn.Module):

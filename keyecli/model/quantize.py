@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from keyecli.kernels import dispatch
 from keyecli.kernels.quantized_weights import CODE_BITS, METHODS, WORD_BITS, Method, QuantizedMatrix
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.moe import Experts
+
+if TYPE_CHECKING:
+    from keyecli.model.offload import HostExperts
 
 GROUPS = (64, 128)
 DEFAULT_GROUP = 64
@@ -132,20 +135,27 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedExperts(nn.Module):
-    """All experts of a layer, each output's inputs side by side: gate_up_proj [E, 2F, D], gate first, and down_proj [E, D, F]."""
+    """All experts of a layer, each output's inputs side by side: gate_up_proj [E, 2F, D], gate first, and down_proj [E, D, F].
+
+    host: see `Experts`.
+    """
 
     def __init__(self, quantization: Quantization, experts: int, width: int, inner: int) -> None:
         super().__init__()
         self.gate_up_proj = Quantized(quantization, experts, 2 * inner, width)
         self.down_proj = Quantized(quantization, experts, width, inner)
+        self.host: HostExperts | None = None
 
     def routed(
         self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
     ) -> Tensor:
         """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""
-        return dispatch.quantized_experts(
-            x, logits, top_k, normalise, self.gate_up_proj.matrix, self.down_proj.matrix, backend
-        )
+        gate_up, down = self.gate_up_proj.matrix, self.down_proj.matrix
+        if self.host is not None and not dispatch.by_vectors(x, backend):
+            tensors = self.host.on_device()
+            gate_up = gate_up.of({name: tensors[f"gate_up_proj.{name}"] for name in gate_up.tensors})
+            down = down.of({name: tensors[f"down_proj.{name}"] for name in down.tensors})
+        return dispatch.quantized_experts(x, logits, top_k, normalise, gate_up, down, backend)
 
 
 def replace_modules(model: nn.Module, quantization: Quantization) -> list[str]:
@@ -181,7 +191,7 @@ def join_matrices(linears: Sequence[QuantizedLinear], made: QuantizedMatrix | No
         )
         for name in first.tensors
     }
-    return QuantizedMatrix(first.method, parts["codes"], parts["scale"], parts.get("zero"))
+    return first.of(parts)
 
 
 def join_views(parts: Sequence[Tensor], made: Tensor | None) -> Tensor:

@@ -41,6 +41,10 @@ UNKNOWN = "keye: keye bench measures kernels, prefill, decode, memory, end-to-en
             "keye: --lengths goes with `keye bench kernels` and `keye bench prefill` and `keye bench decode` "
             "and `keye bench memory`",
         ),
+        (
+            ["prefill", "--quant", "int4"],
+            "keye: --quant goes with `keye bench decode` and `keye bench memory`",
+        ),
         (["memory", "--hours", "2"], "keye: --hours goes with `keye bench end-to-end`"),
         (["decode", "clip.mp4"], "keye: CLIP goes with `keye bench video`"),
     ],

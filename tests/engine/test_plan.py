@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from copy import copy
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +26,16 @@ from keyecli.engine.loaded import (
 )
 from keyecli.engine.plan import (
     MASKED_KEYS_PER_SELECTED,
+    DevicePart,
     InputPlan,
     RunPlan,
     cache_bytes_per_token,
+    estimate_memory,
     frames_per_group,
     gib,
+    layer_expert_bytes,
     parameter_count,
+    part_weights_bytes,
     plan_inputs,
     plan_run,
     prefill_workspace_bytes,
@@ -218,8 +224,83 @@ def test_half_the_dtype_is_named_when_it_helps(official: KeyeVL2Config) -> None:
 
 def test_no_flag_is_named_when_none_helps(official: KeyeVL2Config) -> None:
     with pytest.raises(MemoryLimitError, match="a larger device") as refusal:
-        run_plan(official, [planned("a.mp4", 20, 16, 16)], free_bytes=24 * GIB).check()
+        run_plan(official, [planned("a.mp4", 20, 16, 16)], free_bytes=6 * GIB).check()
     assert "--" not in str(refusal.value)
+
+
+def test_experts_of_the_official_model_in_the_host(official: KeyeVL2Config) -> None:
+    """A layer has 128 · 3 · 2048 · 768 expert weights, 1.125 GiB in bf16; the GPU keeps the rest and two layers' buffers."""
+    layer = 128 * 3 * 2048 * 768 * 2
+    assert layer_expert_bytes(official, 2) == layer == 1_207_959_552
+    item = planned("hour.mp4", 720, 16, 16)
+    plain, plan = run_plan(official, [item]), run_plan(official, [item], offload="experts")
+    assert plan.memory.host_bytes == 48 * layer
+    assert plan.memory.buffer_bytes == 2 * layer
+    assert plan.memory.weights_bytes == plain.memory.weights_bytes - 48 * layer
+    assert plan.memory.loaded_bytes < 6.5 * GIB
+    assert plan.memory.cache_bytes == plain.memory.cache_bytes
+    assert (
+        plan.memory.total_bytes
+        == plan.memory.loaded_bytes + plan.memory.cache_bytes + plan.memory.workspace_bytes
+    )
+    # Chunks four times as long.
+    assert plain.memory.workspace_bytes < plan.memory.workspace_bytes < 4 * plain.memory.workspace_bytes
+    loaded = run_plan(official, [item], offload="experts", weights_loaded=True)
+    assert loaded.needed_bytes == plan.memory.cache_bytes + plan.memory.workspace_bytes
+    data = plan.to_dict()
+    assert (data["offload"], data["host_bytes"], data["buffer_bytes"]) == ("experts", 48 * layer, 2 * layer)
+    assert (plain.to_dict()["offload"], plain.memory.host_bytes, plain.memory.buffer_bytes) == (None, 0, 0)
+
+
+def test_quantised_experts_in_the_host(official: KeyeVL2Config) -> None:
+    config = copy(official)
+    config.quantization_config = {"weights": "int4", "group_size": 64}
+    count = 128 * 3 * 2048 * 768
+    assert layer_expert_bytes(config, 2) == count // 2 + count // 64 * 3
+    memory = run_plan(config, [planned("a.mp4", 20)], offload="experts").memory
+    whole = run_plan(config, [planned("a.mp4", 20)]).memory
+    assert memory.weights_bytes + memory.host_bytes == whole.weights_bytes
+    config.quantization_config = {"weights": "int4", "group_size": 512}
+    assert layer_expert_bytes(config, 2) == count * 2  # 768 inputs are no whole groups
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": None}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_parts_add_up_to_the_whole(changes: dict[str, Any], layers: int) -> None:
+    from tests.tiny import tiny_config
+
+    config = KeyeVL2Config(**tiny_config(num_hidden_layers=layers, **changes))
+    first = DevicePart("cuda:0", layers // 2, first=True, last=False)
+    last = DevicePart("cuda:1", layers - layers // 2, first=False, last=True)
+    for offload in (None, "experts"):
+        sizes: dict[str, Any] = {"dtype": "bf16", "device": "cuda", "kernels": "triton", "offload": offload}
+        parts = [estimate_memory(config, 100, 6, part=part, **sizes) for part in (first, last)]
+        whole = estimate_memory(config, 100, 6, **sizes)
+        assert sum(part.weights_bytes for part in parts) == whole.weights_bytes
+        assert sum(part.host_bytes for part in parts) == whole.host_bytes
+        assert sum(part.cache_bytes for part in parts) == whole.cache_bytes
+    assert sum(part_weights_bytes(config, 4, part) for part in (first, last)) == 4 * parameter_count(config)
+
+
+def test_offloading_is_named_where_it_helps(official: KeyeVL2Config) -> None:
+    with pytest.raises(MemoryLimitError, match=r"24.0 GiB are free: use --offload experts, which keeps"):
+        run_plan(official, [planned("a.mp4", 20, 16, 16)], free_bytes=24 * GIB).check()
+    run_plan(official, [planned("a.mp4", 20, 16, 16)], free_bytes=24 * GIB, offload="experts").check()
+    with pytest.raises(MemoryLimitError, match=r"--max-tokens-video \d+, or use --offload experts"):
+        run_plan(official, [planned("a.mp4", 720, 16, 16)], free_bytes=66 * GIB).check()
+    with pytest.raises(MemoryLimitError) as refusal:
+        run_plan(official, [planned("a.mp4", 20)], free_bytes=GIB, device="cpu").check()
+    assert "--offload" not in str(refusal.value)
+
+
+def test_a_host_that_is_too_small_for_the_experts(official: KeyeVL2Config) -> None:
+    plan = run_plan(official, [planned("a.mp4", 20)], offload="experts", host_free_bytes=32 * GIB)
+    with pytest.raises(
+        MemoryLimitError, match=r"keeps 54.0 GiB of experts .* 32.0 GiB are free: use --quant int4"
+    ):
+        plan.check()
+    replace(plan, weights_loaded=True).check()
+    replace(plan, host_free_bytes=54 * GIB).check()
 
 
 def test_unknown_free_memory_refuses_nothing(official: KeyeVL2Config) -> None:

@@ -79,7 +79,9 @@ def test_teaching_over_packed_documents() -> None:
 def test_chunks_and_single_tokens_through_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     original = decode.decode_attention
-    monkeypatch.setattr(decode, "decode_attention", lambda *a: steps.append(a[0].shape[1]) or original(*a))
+    monkeypatch.setattr(
+        decode, "decode_attention", lambda *a, **named: steps.append(a[0].shape[1]) or original(*a, **named)
+    )
     models = pair()
     ids = text(2, 17).to(DEVICE)
     outputs = {}
@@ -109,7 +111,7 @@ def test_the_device_chooses_unless_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    def too_large(*arguments: Any) -> None:
+    def too_large(*arguments: Any, **named: Any) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(selection, "select_keys", too_large)
