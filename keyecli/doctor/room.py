@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +15,39 @@ from keyecli.errors import ModelError
 from keyecli.hub.listing import DEFAULT_MODEL
 from keyecli.model.companions import load_config, resolve_model
 from keyecli.model.config import KeyeVL2Config
+from keyecli.model.quantize import quantization_of
 
 LENGTHS = (32_768, 131_072, 262_144)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way of holding the model: the flags that ask for it, and what they mean to `estimate_memory`."""
+    """A way of holding the model: the flags that ask for it, what they mean to `estimate_memory`, and how the weights are
+    quantised on the way."""
 
     name: str
     flags: str
     plan: Mapping[str, Any]
+    quant: str | None = None
+
+    def suits(self, config: KeyeVL2Config, device: str) -> bool:
+        """Whether a model can be held so: what is quantised already is not again, and host memory is beside a GPU's."""
+        quantised = getattr(config, "quantization_config", None) is not None
+        return not (self.quant and quantised) and ("offload" not in self.plan or device != "cpu")
 
 
-MODES = (Mode("bf16", "--dtype bf16", {"dtype": "bf16"}),)
+MODES = (
+    Mode("bf16", "--dtype bf16", {"dtype": "bf16"}),
+    Mode("int8", "--quant int8", {"dtype": "bf16"}, "int8"),
+    Mode("int4", "--quant int4", {"dtype": "bf16"}, "int4"),
+    Mode("int4, kv fp8", "--quant int4 --kv fp8", {"dtype": "bf16", "kv": "fp8"}, "int4"),
+    Mode(
+        "int4, experts in host memory",
+        "--quant int4 --kv fp8 --offload experts",
+        {"dtype": "bf16", "kv": "fp8", "offload": "experts"},
+        "int4",
+    ),
+)
 PLAIN = Mode("fp32", "--dtype fp32", {"dtype": "fp32"})
 
 
@@ -81,13 +101,17 @@ def fits_of(model: str, config: KeyeVL2Config, device: str) -> list[Fit]:
     """Each mode at each length that the context holds, or at the whole context where it is shorter."""
     free, context = free_memory_bytes(device), config.max_position_embeddings
     lengths = [tokens for tokens in LENGTHS if tokens <= context] or [context]
-    return [fit(model, config, mode, tokens, device, free) for mode in MODES for tokens in lengths]
+    modes = [mode for mode in MODES if mode.suits(config, device)]
+    return [fit(model, config, mode, tokens, device, free) for mode in modes for tokens in lengths]
 
 
 def fit(
     model: str, config: KeyeVL2Config, mode: Mode, tokens: int, device: str, free_bytes: int | None
 ) -> Fit:
     """What `tokens` tokens of prompt and answer take."""
+    if mode.quant:
+        config = copy.deepcopy(config)
+        config.quantization_config = quantization_of(mode.quant).to_dict()
     memory = estimate_memory(
         config, tokens, 0, device=device, kernels=choose_kernels(None, device), **mode.plan
     )

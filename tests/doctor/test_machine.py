@@ -176,7 +176,7 @@ def test_every_operation_is_checked() -> None:
             assert all(bool(output.float().isfinite().all()) for output in outputs)
             assert compare(case, outputs, outputs, CPU, 0.0).status == "ok"
             checked.add(case.operation.split()[0])
-    assert checked == offered - {"backend_of"}
+    assert checked == offered - {"backend_of", "by_vectors"}
 
 
 def test_a_wrong_kernel_is_a_problem() -> None:
@@ -219,7 +219,10 @@ def test_the_released_model_takes_what_the_plan_says() -> None:
         ("bf16", 131072),
         ("bf16", 262144),
     ]
-    assert len(fits) == 3 * len(MODES)
+    # Experts in host memory are for a GPU beside it.
+    assert len(fits) == 3 * (len(MODES) - 1)
+    assert [round(row.memory.weights_bytes / 1e9, 1) for row in fits[::3]] == [62.2, 33.7, 18.8, 18.8]
+    assert fits[-1].memory.cache_bytes == 262_144 * 48 * (2 * 4 * 128 + 2 * 64)
     assert fits[0].memory.weights_bytes == 2 * 31_122_082_160 == 2 * parameter_count(room.official_config())
     # k, v and the indexer's key of a token in 48 layers.
     assert fits[2].memory.cache_bytes == 262_144 * 48 * (2 * 4 * 128 + 64) * 2
