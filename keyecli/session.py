@@ -67,7 +67,7 @@ class Keye:
 
     @property
     def device(self) -> str:
-        return self.loaded.device
+        return self.loaded.devices
 
     @property
     def dtype(self) -> str:
@@ -231,10 +231,10 @@ def load(
 ) -> Keye:
     """Load a model: a folder, a hub name in the local Hugging Face cache, no argument for the embedded nano.
 
-    device: "cpu", "cuda" or "cuda:N" (default: cuda where there is one); dtype: "bf16", "fp16" or "fp32"
-    (default: bf16 on cuda, else fp32); kernels: "triton" or "reference", the definitions in PyTorch (default:
-    triton on cuda, else reference). ModelError: no such model, or a damaged one; MemoryLimitError: no room for
-    the weights. A kernel that does not compile for the card is a KernelError when it is first run.
+    device: "cpu", "cuda", "cuda:N", or "cuda:0,1" for layers over several GPUs (default: cuda where there is one);
+    dtype: "bf16", "fp16" or "fp32" (default: bf16 on cuda, else fp32); kernels: "triton" or "reference", the definitions in
+    PyTorch (default: triton on cuda, else reference). ModelError: no such model, or a damaged one; MemoryLimitError: no
+    room for the weights. A kernel that does not compile for the card is a KernelError when it is first run.
 
     quant: "int4", "int8" or "fp8" quantises experts and large linear layers on the way; a folder that `keye quantize` wrote is
     quantised already and needs none.

@@ -25,7 +25,7 @@ KERNELS = ("auto", "reference", "triton")
 KV_FORMATS = ("auto", "fp8")
 QUANTISATIONS = ("none", "int4", "int8", "fp8")
 OFFLOADS = ("none", "experts")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+(,(cuda:)?\d+)*)?")
 _TEXTS = "tuple[str, ...]"
 _WORDS = {
     "str": "text",
@@ -98,7 +98,7 @@ class Settings:
         self._require("quant", QUANTISATIONS.__contains__, "none, int4, int8 or fp8")
         self._require("kv", KV_FORMATS.__contains__, "auto or fp8")
         self._require("offload", OFFLOADS.__contains__, "none or experts")
-        self._require("device", _DEVICE.fullmatch, "auto, cpu, cuda or cuda:N")
+        self._require("device", _DEVICE.fullmatch, "auto, cpu, cuda, cuda:N or cuda:N,M")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise UsageError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
 

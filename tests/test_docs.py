@@ -121,6 +121,7 @@ def test_every_field_of_a_plan_is_described(tiny_checkpoint: Path, tmp_path: Pat
     top, one_input = documented("keye.plan/1")
     assert set(planned) == top
     assert set(planned["inputs"][0]) == one_input
+    assert_named("keye.plan/1", planned["devices"][0])
 
 
 def test_every_field_of_a_forge_row_is_described(tmp_path: Path) -> None:

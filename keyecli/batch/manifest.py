@@ -64,7 +64,7 @@ def write_manifest(
             "weights_revision": weights_revision(files.folder),
             "weights_sha256": weights_hash(files.folder),
         },
-        "device": files.device,
+        "device": files.devices,
         "dtype": files.dtype,
         "kernels": files.kernels,
         "options": dict(defaults),

@@ -66,7 +66,10 @@ MODEL = {
     "revision": _text("Model", "REV", "--revision", help="Branch, tag or commit of a hub name."),
     "offline": _flag("Model", "--offline", help="Use local files only, as is always done unless asked."),
     "device": _text(
-        "Model", "DEVICE", "--device", help="cpu, cuda or cuda:N. Default: cuda where it exists."
+        "Model",
+        "DEVICE",
+        "--device",
+        help="cpu, cuda, cuda:N, or layers over several: cuda:0,1. Default: cuda where it exists.",
     ),
     "dtype": _text("Model", "DTYPE", "--dtype", help="bf16, fp16 or fp32. Default: bf16 on cuda, else fp32."),
     "kernels": _text(

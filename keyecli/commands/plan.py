@@ -114,6 +114,7 @@ def _run_table(plan: RunPlan) -> Table:
         ("KV cache", f"{gib(memory.cache_bytes)}{f' in {plan.kv}' if plan.kv else ''}"),
         ("activations", gib(memory.workspace_bytes)),
         ("memory in all", f"{gib(memory.total_bytes)}, {free} free on {plan.device}"),
+        *_device_rows(plan),
     ):
         table.add_row(name, value)
     return table
@@ -128,3 +129,16 @@ def _offloaded_rows(memory: MemoryEstimate) -> list[tuple[str, str]]:
         ("experts", f"{gib(memory.host_bytes)} in this machine's memory"),
         ("expert buffers", gib(memory.buffer_bytes)),
     ]
+
+
+def _device_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Of several devices, each one's own."""
+    from keyecli.engine.plan import gib
+
+    if len(plan.shares) == 1:
+        return []
+    rows = []
+    for share in plan.shares:
+        free = "unknown" if share.free_bytes is None else gib(share.free_bytes)
+        rows.append((f"on {share.device}", f"{gib(share.memory.total_bytes)}, {free} free"))
+    return rows

@@ -17,7 +17,7 @@ from keyecli.engine.generate import GenerationSettings, StopReason, generate, st
 from keyecli.engine.loaded import (
     LoadedModel,
     OnProgress,
-    free_memory_bytes,
+    free_cache_bytes,
     memory_limits,
     new_cache,
     run_arguments,
@@ -247,11 +247,11 @@ class Conversation:
             return
         loaded, held = self.loaded, len(self._held_ids)
         need = tokens * cache_bytes_per_token(loaded.config, DTYPE_BYTES[loaded.dtype], loaded.kv)
-        free = free_memory_bytes(loaded.device)
+        free = free_cache_bytes(loaded)
         if free is not None and need > free:
             raise MemoryLimitError(
                 f"the conversation has outgrown its cache: a larger one takes {gib(need)} and {gib(free)} are free on "
-                f"{loaded.device}; forget turns with /undo or /clear, or shorten the answers with --max-tokens"
+                f"{loaded.devices}; forget turns with /undo or /clear, or shorten the answers with --max-tokens"
             )
         larger = min(tokens + ROOM_TOKENS, max(tokens, loaded.config.max_position_embeddings))
         if free is not None and larger * need > free * tokens:

@@ -58,7 +58,8 @@ class AttentionRecord:
 
     def add(self, layer: int, contributions: Tensor) -> None:
         """One layer's contributions fp32 [S] to the pass that is under way; layers come in order."""
-        self._running = contributions if layer == 0 else self._running + contributions
+        before = self._running.to(contributions.device)  # layers may be on several
+        self._running = contributions if layer == 0 else before + contributions
         if layer == self._layers - 1:
             self._steps.append(self._running.cpu())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ import torch
 from transformers import GenerationConfig
 
 from keyecli.engine.plan import (
+    DTYPE_BYTES,
     OFFLOAD_HELPS,
     OFFLOADS,
+    DevicePart,
     KVFormat,
     MemoryEstimate,
     Offload,
+    cache_bytes_per_token,
     estimate_memory,
     gib,
     host_too_small,
@@ -39,7 +43,7 @@ from keyecli.model.checkpoint import (
 )
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
-from keyecli.model.placement import one_device
+from keyecli.model.placement import WeightPlaces, one_device
 from keyecli.model.quantize import quantization_in, quantization_of
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ OnProgress = Callable[[str, float, float | None], None]
 FrameReader = Callable[..., Iterator["FrameChunk"]]
 
 NANO_NAME = "keye-nano"
+# Of the cache, what goes with each layer where layers are shared out among devices.
+SPLIT_CACHE_TOKENS = 32_768
 DTYPE_SPELLINGS = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32",
     "bf16": "bf16", "bfloat16": "bf16",
@@ -72,6 +78,12 @@ class ModelFiles:
     kernels: Backend
     kv: KVFormat | None = field(default=None, kw_only=True)
     offload: Offload | None = field(default=None, kw_only=True)
+    parts: tuple[DevicePart, ...] = field(default=(), kw_only=True)
+
+    @property
+    def devices(self) -> str:
+        """All of them, joined by commas."""
+        return ",".join(part.device for part in self.parts) or self.device
 
     @property
     def is_nano(self) -> bool:
@@ -114,9 +126,9 @@ def open_model(
     or on the way. ModelError, UsageError. A KeyeWarning says when there is a GPU and no Triton.
     """
     folder = resolve_model(None if model is None else str(model), revision)
-    chosen = choose_device(device)
+    chosen, *others = choose_devices(device)
     config = quantized_config(folder, quant)
-    return ModelFiles(
+    files = ModelFiles(
         name=NANO_NAME if model is None else str(model),
         folder=folder,
         config=config,
@@ -127,6 +139,7 @@ def open_model(
         kv=choose_kv(kv),
         offload=choose_offload(offload, chosen, config),
     )
+    return replace(files, parts=_split(files, (chosen, *others))) if others else files
 
 
 def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) -> LoadedModel:
@@ -134,7 +147,7 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
 
     A KeyeWarning says when the model's files leave open how pixels are normalised.
     """
-    _require_room(files)
+    require_room(files)
 
     def report(done: int, total: int) -> None:
         if on_progress:
@@ -143,7 +156,7 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
     with memory_limits(files.device):
         model = load_model(
             files.folder,
-            device=one_device(files.device, files.config.num_hidden_layers, files.offload is not None),
+            device=_places(files),
             dtype=torch_dtype(files.dtype),
             quantization=quantization_in(files.config, files.folder),
             on_progress=report,
@@ -162,38 +175,82 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
     )
 
 
-def _require_room(files: ModelFiles) -> None:
+def require_room(files: ModelFiles) -> None:
     """MemoryLimitError when the weights do not fit where they are to be."""
-    memory = _weights_memory(files, files.config, files.offload)
-    host, free = free_memory_bytes("cpu"), free_memory_bytes(files.device)
-    if memory.host_bytes and host is not None and memory.host_bytes > host:
-        raise MemoryLimitError(host_too_small(memory.host_bytes, host))
-    if free is None or memory.loaded_bytes <= free:
+    host = free_memory_bytes("cpu")
+    parts = files.parts or (DevicePart(files.device, files.config.num_hidden_layers, first=True, last=True),)
+    needed = sum(_weights_memory(files, part, files.config, files.offload).host_bytes for part in parts)
+    if needed and host is not None and needed > host:
+        raise MemoryLimitError(host_too_small(needed, host))
+    for part in parts:
+        _require_room_on(files, part, host)
+
+
+def _require_room_on(files: ModelFiles, part: DevicePart, host: int | None) -> None:
+    """The same for one device; `host` is what is free in this machine's memory."""
+    need = _weights_memory(files, part, files.config, files.offload).loaded_bytes
+    free = free_memory_bytes(part.device)
+    if free is None or need <= free:
         return
     ways = []
-    if files.dtype == "fp32" and memory.loaded_bytes // 2 <= free:
+    if files.dtype == "fp32" and need // 2 <= free:
         ways.append("use --dtype bf16")
     smaller = copy(files.config)
     smaller.quantization_config = quantization_of("int4").to_dict()
-    if not ways and _weights_memory(files, smaller, files.offload).loaded_bytes <= free:
+    if not ways and _weights_memory(files, part, smaller, files.offload).loaded_bytes <= free:
         ways.append("use --quant int4")
-    offloaded = _weights_memory(files, files.config, "experts")
+    offloaded = _weights_memory(files, part, files.config, "experts")
+    in_host = offloaded.host_bytes * files.config.num_hidden_layers // max(1, part.layers)
     if (
-        files.device.startswith("cuda")
+        part.device.startswith("cuda")
         and offloaded.loaded_bytes <= free
-        and (host is None or offloaded.host_bytes <= host)
+        and (host is None or in_host <= host)
     ):
         ways.append(OFFLOAD_HELPS)
+    what = f"{part.layers} layers" if files.parts else "the weights"
     raise MemoryLimitError(
-        f"the weights of {files.name} take {gib(memory.loaded_bytes)} in {files.dtype} and {gib(free)} are free on "
-        f"{files.device}: {', or '.join([*ways, 'use a larger device or a smaller model'])}"
+        f"{what} of {files.name} take {gib(need)} in {files.dtype} and {gib(free)} are free on {part.device}: "
+        + ", or ".join([*ways, "use a larger device or a smaller model"])
     )
 
 
-def _weights_memory(files: ModelFiles, config: KeyeVL2Config, offload: Offload | None) -> MemoryEstimate:
+def _weights_memory(
+    files: ModelFiles, part: DevicePart, config: KeyeVL2Config, offload: Offload | None
+) -> MemoryEstimate:
     return estimate_memory(
-        config, 0, 0, dtype=files.dtype, device=files.device, kernels=files.kernels, offload=offload
+        config, 0, 0, dtype=files.dtype, device=part.device, kernels=files.kernels, offload=offload, part=part
     )
+
+
+def _split(files: ModelFiles, devices: Sequence[str]) -> tuple[DevicePart, ...]:
+    """Which layers each of several devices holds; UsageError when the model is too small for so many."""
+    from keyecli.engine.split import split_layers
+
+    config = files.config
+    tokens = min(config.max_position_embeddings, SPLIT_CACHE_TOKENS)
+    cache = tokens * cache_bytes_per_token(config, DTYPE_BYTES[files.dtype], files.kv)
+    parts = split_layers(
+        config,
+        devices,
+        [free_memory_bytes(device) or 1 for device in devices],
+        torch_dtype(files.dtype),
+        quantization_in(config, files.folder),
+        files.offload is not None,
+        cache // config.num_hidden_layers,
+    )
+    if len(parts) < len(devices):
+        raise UsageError(
+            f"--device {','.join(devices)}: {files.name} has layers for {len(parts)} of them only; name fewer devices"
+        )
+    return parts
+
+
+def _places(files: ModelFiles) -> WeightPlaces:
+    if files.parts:
+        from keyecli.engine.split import places_of
+
+        return places_of(files.parts, files.offload is not None)
+    return one_device(files.device, files.config.num_hidden_layers, files.offload is not None)
 
 
 def quantized_config(folder: Path, quant: str | None) -> KeyeVL2Config:
@@ -226,6 +283,20 @@ def choose_device(device: str | None) -> str:
         have = f"{present or 'no'} CUDA device{'s' if present > 1 else ''}"
         raise UsageError(f"--device {device} does not exist: this machine has {have}; leave the option out")
     return str(wanted)
+
+
+def choose_devices(device: str | None) -> tuple[str, ...]:
+    """The devices to run on, as `choose_device`, or several GPUs: cuda:0,1 or cuda:0,cuda:1, inputs going to the first."""
+    names = (device or "").split(",")
+    if len(names) == 1:
+        return (choose_device(device),)
+    named = [f"cuda:{name}" if name.isdecimal() else name for name in names]
+    if not all(re.fullmatch(r"cuda:\d+", name) for name in named) or names[0].isdecimal():
+        raise UsageError(f"--device {device} is no list of GPUs; write it as cuda:0,1")
+    chosen = tuple(choose_device(name) for name in named)
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"--device {device} names a GPU twice; name each once")
+    return chosen
 
 
 def choose_dtype(dtype: str | None, device: str) -> str:
@@ -288,7 +359,7 @@ def choose_offload(offload: str | None, device: str, config: KeyeVL2Config) -> O
 
 
 def run_arguments(files: ModelFiles) -> dict[str, Any]:
-    """What `plan_run` is told about a model, the device that it runs on and what is free there now."""
+    """What `plan_run` is told about a model, the devices that it runs on and what is free there now."""
     return {
         "model": files.name,
         "device": files.device,
@@ -298,15 +369,25 @@ def run_arguments(files: ModelFiles) -> dict[str, Any]:
         "free_bytes": free_memory_bytes(files.device),
         "offload": files.offload,
         "host_free_bytes": free_memory_bytes("cpu") if files.offload else None,
+        "parts": [(part, free_memory_bytes(part.device)) for part in files.parts],
     }
 
 
 def new_cache(files: ModelFiles, tokens: int) -> KeyeCache:
     """An empty cache of one sequence, as the model is run."""
     kv_dtype = torch.float8_e4m3fn if files.kv == "fp8" else None
-    return KeyeCache(
-        files.config, tokens, dtype=torch_dtype(files.dtype), device=files.device, kv_dtype=kv_dtype
-    )
+    device = _places(files).layers
+    return KeyeCache(files.config, tokens, dtype=torch_dtype(files.dtype), device=device, kv_dtype=kv_dtype)
+
+
+def free_cache_bytes(files: ModelFiles) -> int | None:
+    """How large a cache of all layers the devices can still take; None where it cannot be known."""
+    free = free_memory_bytes(files.device)
+    if not files.parts:
+        return free
+    layers = files.config.num_hidden_layers
+    room = [(free_memory_bytes(part.device), part.layers) for part in files.parts if part.layers]
+    return min((size * layers // own for size, own in room if size is not None), default=None)
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -205,7 +205,11 @@ class RunPlan:
     @property
     def needed_bytes(self) -> int:
         """What the run will still ask of all devices together."""
-        return sum(self._needed_bytes(share) for share in self.shares)
+        return sum(self.needed_on(share) for share in self.shares)
+
+    def needed_on(self, share: DeviceShare) -> int:
+        """What the run will still ask of one device."""
+        return share.memory.total_bytes - (share.memory.loaded_bytes if self.weights_loaded else 0)
 
     def check(self) -> None:
         """UsageError when the context is too small for the prompt, MemoryLimitError when the device is."""
@@ -238,9 +242,6 @@ class RunPlan:
             "devices": [share.to_dict() for share in self.shares],
         }
 
-    def _needed_bytes(self, share: DeviceShare) -> int:
-        return share.memory.total_bytes - (share.memory.loaded_bytes if self.weights_loaded else 0)
-
     def _check_context(self) -> None:
         if self.prompt_tokens < self.context_tokens:
             return
@@ -257,7 +258,7 @@ class RunPlan:
             self._check_share(share)
 
     def _check_share(self, share: DeviceShare) -> None:
-        free, memory, needed = share.free_bytes, share.memory, self._needed_bytes(share)
+        free, memory, needed = share.free_bytes, share.memory, self.needed_on(share)
         if free is None or needed <= free:
             return
         weights = "" if self.weights_loaded else f"weights {gib(memory.loaded_bytes)}, "

@@ -331,12 +331,14 @@ def sequences_together(files: ModelFiles, planned: RunPlan, room: int, wanted: i
     if files.kernels != "triton":
         return 1
     per_row = cache_bytes_per_token(files.config, DTYPE_BYTES[files.dtype], files.kv)
-    each = room * per_row + files.config.vocab_size * SAMPLING_BYTES_PER_ENTRY
     fit = wanted
-    if planned.free_bytes is not None:
-        needed = planned.needed_bytes + int(planned.needed_bytes * PLAN_ERROR)
-        fit = 1 + (planned.free_bytes - needed) // each
-    return max(1, min(wanted, fit, DECODE_TOKENS))
+    for share in planned.shares:
+        rows = room * per_row * share.memory.cache_bytes // planned.memory.cache_bytes
+        each = rows + files.config.vocab_size * SAMPLING_BYTES_PER_ENTRY
+        if share.free_bytes is not None:
+            needed = planned.needed_on(share) + int(planned.needed_on(share) * PLAN_ERROR)
+            fit = min(fit, 1 + (share.free_bytes - needed) // each)
+    return max(1, min(fit, DECODE_TOKENS))
 
 
 def shared_plan(

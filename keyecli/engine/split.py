@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map
+from accelerate.utils import compute_module_sizes
 from torch import nn
 
 from keyecli.engine.plan import DevicePart
@@ -31,33 +32,39 @@ def split_layers(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     offload: bool = False,
+    cache_bytes: int = 0,
 ) -> tuple[DevicePart, ...]:
     """What each device holds, those without anything left out, in their order.
 
     Every device gives about the same share of what is free there, more than there is if the model needs more: whoever loads it
-    compares. The embedding and the vision tower are on the first device, with a layer at least.
+    compares. The embedding and the vision tower are on the first device, with a layer at least. `cache_bytes` go with each
+    layer.
     """
-    model = _outline(config, quantization, offload)
-    sizes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    share = sizes / sum(free_bytes) / 4  # fp32 here
+    model = _outline(config, quantization, offload, cache_bytes)
+    share = compute_module_sizes(model, dtype)[""] / sum(free_bytes)
     while True:
         limits: Any = {place: int(free * share) for place, free in enumerate(free_bytes)}
-        found = infer_auto_device_map(model, limits, no_split_module_classes=WHOLE, dtype=dtype)
+        found = infer_auto_device_map(
+            model, limits, no_split_module_classes=WHOLE, dtype=dtype, offload_buffers=True
+        )
         parts = _parts(found, config, devices)
         if parts is not None:
             return parts
         share *= STEP
 
 
-def _outline(config: KeyeVL2Config, quantization: Quantization | None, offload: bool) -> nn.Module:
+def _outline(
+    config: KeyeVL2Config, quantization: Quantization | None, offload: bool, cache_bytes: int
+) -> nn.Module:
     """The model without memory, and without experts that no GPU holds."""
     with torch.device("meta"):
         model = KeyeVL2ForConditionalGeneration(config)
         if quantization is not None:
             replace_modules(model, quantization)
     for layer in model.model.layers:
+        layer.register_buffer("cache", torch.empty(cache_bytes, dtype=torch.uint8, device="meta"))
         if offload and isinstance(layer.mlp, SparseMoE):
-            layer.mlp.experts = nn.Identity()
+            layer.mlp.experts = nn.Identity()  # type: ignore[assignment]
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model

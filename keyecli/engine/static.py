@@ -42,8 +42,9 @@ class StaticDecoder:
         self._cache, self._branches = cache, branches
         self._batch = cache.batch if branches is None else branches.count
         self._room = cache.capacity if branches is None else branches.length
+        places = stages_of(model)
         self._stages = [
-            _Stage(model, cache, branches, self._batch, device, layers) for device, layers in stages_of(model)
+            _Stage(model, cache, branches, self._batch, *place, last=place is places[-1]) for place in places
         ]
         self._longest = 0
         self._logits: Tensor | None = None
@@ -106,9 +107,11 @@ class _Stage:
         batch: int,
         device: torch.device,
         layers: range,
+        *,
+        last: bool,
     ) -> None:
         self._model, self._cache, self._branches = model, cache, branches
-        self._device, self._layers = device, layers
+        self._device, self._layers, self._last = device, layers, last
         # Lengths and positions, counted together.
         self.counts = torch.zeros(2, batch, dtype=torch.int64, device=device)
         self._lengths, self._positions = self.counts
@@ -162,7 +165,7 @@ class _Stage:
             delta = _feed_forward(layer, _normed(x, delta, layer.post_attention_layernorm))
         self.counts += 1
         assert delta is not None
-        if self._layers.stop < len(decoder.layers) or decoder.norm.weight.device != self._device:
+        if not self._last:
             return x, delta
         return (_linear(self._model.lm_head, _normed(x, delta, decoder.norm), torch.float32),)
 

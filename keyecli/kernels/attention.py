@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from keyecli.kernels import unions
 from keyecli.kernels.compile import CompileCase
 from keyecli.kernels.device import device_capability, precision_of
-from keyecli.kernels.fp8 import as_read, element_type, readable
+from keyecli.kernels.fp8 import as_multiplied, as_read, element_type, readable
 from keyecli.kernels.unions import GROUP, chunks
 
 Method = Literal["gather", "union", "dense"]
@@ -330,6 +330,7 @@ def attend_list(
     """
     dims = tl.arange(0, DIM)
     offsets = tl.arange(0, KEYS)
+    queries, _, tile_scale = as_multiplied(queries, scale, k.dtype.element_ty)
     maximum = tl.full([queries.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([queries.shape[0]], tl.float32)
     sums = tl.zeros([queries.shape[0], DIM], tl.float32)
@@ -345,7 +346,7 @@ def attend_list(
         values = tl.load(v + rows * v_key + dims[None, :], mask=present[:, None], other=0.0)
         keys = as_read(keys, queries.dtype)
         values = as_read(values, queries.dtype)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * tile_scale
         logits = tl.where(present[None, :], logits, float("-inf"))
         largest = tl.maximum(maximum, tl.max(logits, 1))
         # While a row has met no key its largest logit is −inf, and −inf − −inf is not a number.
@@ -512,6 +513,7 @@ def _attend_kernel(
     words_of_entries += local * word_stride
     count = tl.load(counts + local)
 
+    queries, row_scale, tile_scale = as_multiplied(queries, scale, k.dtype.element_ty)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DIM], tl.float32)
@@ -537,9 +539,9 @@ def _attend_kernel(
         logits = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION)
         logits = _only_selected(logits, words[None, :], bits[:, None], ASSEMBLY)
         largest = tl.maximum(maximum, tl.max(logits, 1))
-        base = tl.where(largest == float("-inf"), 0.0, largest * scale)
-        weights = tl.exp2(logits * scale - base[:, None])
-        shrink = tl.exp2(maximum * scale - base)
+        base = tl.where(largest == float("-inf"), 0.0, largest * row_scale)
+        weights = tl.exp2(logits * tile_scale - base[:, None])
+        shrink = tl.exp2(maximum * row_scale - base)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None]
         if DENSE:
@@ -562,7 +564,7 @@ def _attend_kernel(
     place = rows // HEADS * heads + rows % HEADS
     out += begin * DIM
     tl.store(out + place[:, None] * DIM + dims[None, :], sums.to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse + begin + place, (maximum * scale + tl.log2(total)) * LN_2, mask=inside)
+    tl.store(lse + begin + place, (maximum * row_scale + tl.log2(total)) * LN_2, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -48,6 +48,12 @@ def tile_of(capability: int, element_bytes: int) -> Tile:
     return Tile(64, 4, 2) if element_bytes == 2 else Tile(32, 4, 1)
 
 
+def stages_of(tile: Tile, as_queries: bool) -> int:
+    """Stages of the software pipeline; `as_queries`: keys have the queries' type. Others are converted on their way, and what
+    the pipeline brings into shared memory would have to leave it for that: they come straight into registers."""
+    return tile.stages if as_queries else 1
+
+
 def parts_of(groups: int, length: int, tile_keys: int) -> tuple[int, int]:
     """In how many parts a list of `length` entries is split, and how many entries, whole tiles, a part has.
 
@@ -106,7 +112,7 @@ def decode_attention(
         q, readable(k), readable(v), indices, workspace, tokens, length, groups, parts, entries, rows, shared, room,
         *q.stride()[:3], *strides, dim**-0.5 * LOG2_E.value,
         RATIO=heads // groups, DIM=dim, KEYS=tile.keys, PRECISION=precision_of(q.dtype),
-        num_warps=tile.warps, num_stages=tile.stages, **dependent_launch(q.device),
+        num_warps=tile.warps, num_stages=stages_of(tile, k.dtype == q.dtype), **dependent_launch(q.device),
     )  # fmt: skip
     _combine_kernel[(rows,)](
         workspace, out, parts, rows, DIM=dim, PARTS=triton.next_power_of_2(parts), num_warps=4,
@@ -229,9 +235,10 @@ def compile_cases(capability: int) -> list[CompileCase]:
         strides = {f"{name}": "i64" for name in _part_kernel.arg_names if name[1:2] == "_"}
         signature = {**tensors, **counts, **strides, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
         aligned = (*tensors, *strides, "length", "entries")
+        stages = stages_of(tile, key_kind == kind)
         name = f"{kind} {dim}" if key_kind == kind else f"{kind} {dim} over fp8"
         cases.append(
-            CompileCase(f"part {name}", _part_kernel, signature, constants, tile.warps, tile.stages, aligned)
+            CompileCase(f"part {name}", _part_kernel, signature, constants, tile.warps, stages, aligned)
         )
         if key_kind != kind:
             continue  # the parts are combined as they were

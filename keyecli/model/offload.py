@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +37,12 @@ def pinned_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An unfilled tensor in the host's memory that every GPU reads by its address; MemoryLimitError when there is none."""
     size = torch.Size(shape).numel() * dtype.itemsize
     try:
-        pages = _Pages(-1, size)
+        pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryLimitError(_refused(size)) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages pins small ones, only slower
+            pages.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
     cudart = torch.cuda.cudart()
     if cudart.cudaHostRegister(tensor.data_ptr(), size, PORTABLE | MAPPED) != cudart.cudaError.success:

@@ -292,7 +292,7 @@ def answer_of(
         model=loaded.name,
         weights_revision=loaded.revision,
         keye_version=__version__,
-        device=loaded.device,
+        device=loaded.devices,
         dtype=loaded.dtype,
         seed=first.seed,
         answers=tuple(samples),

@@ -228,7 +228,7 @@ class Chat:
             model=loaded.name,
             weights_revision=loaded.revision,
             keye_version=__version__,
-            device=loaded.device,
+            device=loaded.devices,
             dtype=loaded.dtype,
             seed=seed,
         )

@@ -294,7 +294,7 @@ def _grounding(
         model=loaded.name,
         weights_revision=loaded.revision,
         keye_version=__version__,
-        device=loaded.device,
+        device=loaded.devices,
         dtype=loaded.dtype,
         seed=generation.seed,
         info=plan.info,

@@ -268,7 +268,7 @@ def summarize(
         model=loaded.name,
         weights_revision=loaded.revision,
         keye_version=__version__,
-        device=loaded.device,
+        device=loaded.devices,
         dtype=loaded.dtype,
         seed=settings.ask.generation.seed,
         info=info,

@@ -60,3 +60,14 @@ def test_other_tasks_run_over_it(keye: Keye, clip: Path, task: str) -> None:
 def test_anything_else_is_refused(keye: Keye, clip: Path, value: str) -> None:
     code, out, err = keye("ask", str(clip), "What?", "--kv", value)
     assert (code, out, err) == (2, "", f"keye: --kv must be auto or fp8, not {value}\n")
+
+
+def test_a_batch_answers_anew_with_another_cache(keye: Keye, clip: Path) -> None:
+    job = {"id": "a", "task": "ask", "inputs": str(clip), "question": "What?"}
+    Path("jobs.jsonl").write_text(json.dumps(job) + "\n")
+    keys = []
+    for kv in ("auto", "auto", "fp8", "fp8"):
+        assert keye("batch", "jobs.jsonl", "-o", "out.jsonl", *FEW, "--kv", kv)[0] == 0
+        keys.append([json.loads(line)["key"] for line in Path("out.jsonl").read_text().splitlines()])
+    assert [len(found) for found in keys] == [1, 1, 2, 2]
+    assert keys[3][0] != keys[3][1]

@@ -211,7 +211,7 @@ def test_a_larger_cache_needs_memory(
     conversation = begin(loaded)
     conversation.answer(SAID[:1], SETTINGS)
     cache = conversation._cache
-    monkeypatch.setattr(module, "free_memory_bytes", lambda device: 10_000)
+    monkeypatch.setattr(module, "free_cache_bytes", lambda files: 10_000)
     with pytest.raises(MemoryLimitError, match=r"has outgrown its cache: a larger one takes .* forget turns"):
         conversation.answer([*SAID, "x" * 100, "Why?"], SETTINGS)
     assert conversation._cache is cache
@@ -220,7 +220,7 @@ def test_a_larger_cache_needs_memory(
     # With memory for what is needed and not for more, the cache grows by no more.
     tokens = 300 + cache.capacity
     monkeypatch.setattr(
-        module, "free_memory_bytes", lambda device: tokens * cache_bytes_per_token(loaded.config, 4) + 1
+        module, "free_cache_bytes", lambda files: tokens * cache_bytes_per_token(loaded.config, 4) + 1
     )
     reply = conversation.answer(["x" * 300], SETTINGS)
     assert conversation._cache.capacity <= tokens

@@ -59,7 +59,9 @@ def test_a_gpu_too_small_for_all_weights(on_gpu: ModelFiles, free: dict[str, int
     whole = sizes_of(on_gpu)
     free["cuda"] = whole.loaded_bytes - 1
     # Two layers have nothing to gain from two buffers.
-    with pytest.raises(MemoryLimitError, match=r"are free on cuda: use --quant int4, or use a larger device") as refusal:
+    with pytest.raises(
+        MemoryLimitError, match=r"are free on cuda: use --quant int4, or use a larger device"
+    ) as refusal:
         load_weights(on_gpu)
     assert "--offload" not in str(refusal.value)
     on_gpu.config.num_hidden_layers = 6

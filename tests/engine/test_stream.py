@@ -75,12 +75,13 @@ def answer(loaded: LoadedModel, prefilled: Prefilled, cache: KeyeCache) -> tuple
 
 def one_after_the_other(loaded: LoadedModel, inputs: Sequence[InputPlan]) -> tuple[Prefilled, KeyeCache]:
     """The definition: every frame is decoded, then each goes through the vision tower, then the whole prompt is fed."""
-    prompt = Layouts(loaded, inputs)([visual_of(item) for item in inputs])
+    visuals = tuple(map(visual_of, inputs))
+    prompt = Layouts(loaded, inputs)(visuals)
     cache = KeyeCache(loaded.config, len(prompt.input_ids) + ANSWER_TOKENS)
     with torch.inference_mode():
         embeds = loaded.model.embed(prompt.input_ids[None], all_embeds(loaded, inputs))
         hidden = loaded.model.decode(embeds, prompt.position_ids[:, None], cache)[:, -1:]
-    return Prefilled(prompt, hidden, tuple(item.sampling.times_s for item in inputs)), cache
+    return Prefilled(prompt, hidden, tuple(item.sampling.times_s for item in inputs), visuals), cache
 
 
 @pytest.fixture(autouse=True)

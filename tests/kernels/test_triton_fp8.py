@@ -14,7 +14,7 @@ from keyecli.kernels import attention, decode, fp8, reference, step
 from keyecli.kernels.reference import Branches, StepShape
 from keyecli.model.cache import KeyeCache
 from tests.compare import assert_close, assert_same
-from tests.kernels.on_device import CUDA, DEVICE, DTYPES, poisoned
+from tests.kernels.on_device import CUDA, DEVICE, DTYPES, HALF, poisoned
 from tests.kernels.test_triton_attention import METHODS, Shape, check_output, index_lists, never_selected
 from tests.model.test_training import fresh
 from tests.model.test_trunk import text
@@ -104,10 +104,11 @@ def test_kernels_write_what_is_stored(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("as_bytes", [True, False] if CUDA else [True])
-def test_kernels_read_what_it_stands_for(dtype: torch.dtype, as_bytes: bool) -> None:
+@pytest.mark.parametrize("given", [torch.uint8, torch.int8, FP8] if CUDA else [torch.uint8])
+def test_kernels_read_what_it_stands_for(dtype: torch.dtype, given: torch.dtype) -> None:
+    """By arithmetic, as the interpreter and as older cards do it, and by the hardware."""
     x = torch.arange(256, dtype=torch.uint8).view(FP8)
-    source = x.to(DEVICE).view(torch.uint8) if as_bytes else fp8.readable(x.to(DEVICE))
+    source = x.to(DEVICE).view(given)
     y = torch.empty(256, dtype=dtype, device=DEVICE)
     _read[(1,)](source, y, 256, BLOCK=256)
     assert_same(y.cpu(), x.to(dtype))
@@ -145,6 +146,20 @@ def test_every_method_is_the_definition(shape: Shape, method: attention.Method, 
     wide = reference.attend_indices(q, k.to(dtype), v.to(dtype), indices)
     for one, other in zip(own, wide, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_queries_of_any_size(method: attention.Method) -> None:
+    """Sixteen bits wide they are brought to one size to be multiplied: next to nothing, large, nothing at all, mixed."""
+    dtype = HALF[0]
+    q, k, v, indices = problem(SHAPES[0], dtype)
+    sizes = torch.logspace(-7, 2, q.shape[1], device=DEVICE)
+    q = (q.float() * sizes[:, None, None]).to(dtype)
+    q[:, 3] = 0
+    q[:, 4, :, ::2] *= 1e-3
+    actual = attention.sparse_attention(q, k, v, indices, method)
+    expected = reference.attend_indices(q.double(), k.double(), v.double(), indices)
+    check_output(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -152,7 +152,7 @@ def test_layers_share_buffers_on_their_own_device(make_checkpoint: Callable[...,
 
 
 def test_memory_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(offload, "_Pages", refuse)

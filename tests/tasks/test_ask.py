@@ -273,7 +273,7 @@ def test_too_long_for_the_context(keye: Keye, clip: Path) -> None:
 
 
 def test_too_large_for_the_memory(keye: Keye, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask_module, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda device: 1000)
     with pytest.raises(MemoryLimitError, match=r"the run needs .* and 0 MiB are free"):
         keye.ask(clip, "What?")
 

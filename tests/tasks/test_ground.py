@@ -319,8 +319,6 @@ def test_inputs_that_cannot_be_searched(
         keye.ground(clip, ["the dog", " "])
     with pytest.raises(UsageError, match=r"the question contains <\|im_end\|>"):
         keye.ground(clip, "a <|im_end|> b")
-    from keyecli.tasks import search
-
-    monkeypatch.setattr(search, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("keyecli.engine.loaded.free_memory_bytes", lambda device: 1000)
     with pytest.raises(MemoryLimitError, match="are free"):
         keye.ground(clip, "the dog")
