@@ -21,6 +21,7 @@ from keyecli.batch.ledger import Ledger
 from keyecli.engine.loaded import ModelFiles
 from keyecli.errors import KeyeError, UsageError
 from keyecli.model.checkpoint import read_entries, weights_revision
+from keyecli.model.quantize import quantization_in
 
 SCHEMA = "keye.manifest/1"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "av", "numpy", "pillow")
@@ -50,6 +51,7 @@ def write_manifest(
     revision: the hub's, if one was asked for. workers: the machines on which workers answered, each kind once. The
     weights are read whole for their hash. KeyeError when the disk does not take the file.
     """
+    quantization = quantization_in(files.config, files.folder)
     head = {
         "schema": SCHEMA,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,6 +69,8 @@ def write_manifest(
         "device": files.devices,
         "dtype": files.dtype,
         "kernels": files.kernels,
+        "quant": None if quantization is None else quantization.method,
+        "kv": files.kv,
         "options": dict(defaults),
     }
     part = path.with_name(f".{path.name}.part")
@@ -122,6 +126,8 @@ class Manifest:
 
     model: Mapping[str, Any]
     dtype: str
+    quant: str | None
+    kv: str | None
     options: Mapping[str, Any]
     jobs: list[Job]
     entries: Mapping[str, Mapping[str, Any]]
@@ -136,7 +142,15 @@ def read_manifest(path: Path) -> Manifest:
         entries = {entry["id"]: entry for entry in content["jobs"]}
         jobs = make_jobs((f"job {id!r} of {path}", entry["job"]) for id, entry in entries.items())
         content["model"]["name"], content["model"]["weights_sha256"]
-        return Manifest(content["model"], content["dtype"], content["options"], jobs, entries)
+        return Manifest(
+            content["model"],
+            content["dtype"],
+            content["quant"],
+            content["kv"],
+            content["options"],
+            jobs,
+            entries,
+        )
     except OSError as error:
         raise UsageError(f"the manifest {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -360,7 +360,8 @@ def _model_of(manifest: Manifest, load: Mapping[str, Any]) -> dict[str, Any]:
 
     name = manifest.model["name"]
     model = load["model"] or (None if name == NANO_NAME else name)
-    return {**load, "model": model, "dtype": load["dtype"] or manifest.dtype}
+    as_then = {name: load[name] or getattr(manifest, name) for name in ("dtype", "quant", "kv")}
+    return {**load, **as_then, "model": model}
 
 
 def _compare(manifest: Manifest, ledger: Ledger, keys: list[tuple[Job, str]], weights: Path) -> int:
