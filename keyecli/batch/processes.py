@@ -27,7 +27,7 @@ def devices_of(device: str | None, count: int) -> list[str]:
         return ["cpu"] * count
     present = torch.cuda.device_count()
     if device not in (None, "auto", "cuda"):
-        raise UsageError(f"--device {device} is one device: leave it out with --workers {count}")
+        raise UsageError(f"--device {device} is for one worker: leave it out with --workers {count}")
     if count > present:
         raise UsageError(f"--workers {count} is one GPU each, and this machine has {present}")
     return [f"cuda:{number}" for number in range(count)]

@@ -77,7 +77,7 @@ def share_of(nodes: Sequence[Mapping[str, float]], device: str | None, workers: 
     Else as many as there are GPUs, or two cores each. UsageError for more than there is.
     """
     if device not in (None, "auto", "cpu", "cuda"):
-        raise UsageError(f"--device {device} is one device: leave it out with --ray")
+        raise UsageError(f"--device {device} is for one worker: leave it out with --ray")
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if device == "cuda" and not gpus:
         raise UsageError("--device cuda: the cluster has no GPU; leave the option out")

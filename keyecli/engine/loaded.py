@@ -232,7 +232,7 @@ def _split(files: ModelFiles, devices: Sequence[str]) -> tuple[DevicePart, ...]:
     parts = split_layers(
         config,
         devices,
-        [free_memory_bytes(device) or 1 for device in devices],
+        [free_memory_bytes(device) or 0 for device in devices],
         torch_dtype(files.dtype),
         quantization_in(config, files.folder),
         files.offload is not None,

@@ -23,6 +23,8 @@ from keyecli.model.vision import Projector, VisionTower
 WHOLE = [kind.__name__ for kind in (DecoderLayer, VisionTower, Projector)]
 # By so much the share that every device gives is raised until all of the model has a place.
 STEP = 1.05
+# The least that counts as free, as a part of the most.
+FULLEST = 64
 
 
 def split_layers(
@@ -41,6 +43,8 @@ def split_layers(
     layer.
     """
     model = _outline(config, quantization, offload, cache_bytes)
+    # A device that is full gets its little all the same: whoever loads refuses it by its name.
+    free_bytes = [max(free, max(free_bytes) // FULLEST, 1) for free in free_bytes]
     share = compute_module_sizes(model, dtype)[""] / sum(free_bytes)
     while True:
         limits: Any = {place: int(free * share) for place, free in enumerate(free_bytes)}

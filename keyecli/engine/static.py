@@ -144,7 +144,8 @@ class _Stage:
                 self.counts -= 1
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Its own stream would be that of the first device on which anything was ever captured.
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._made = self._run(given)
 
     def _run(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

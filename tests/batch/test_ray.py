@@ -228,7 +228,7 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"CPU": 16.0, "GPU": 2.0}, {"GPU": 1.0}], "cuda", 2, Share("cuda", 2, 0)),
         ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, Share("cpu", 8, 2)),
         ([{"CPU": 2.0}], "cuda", None, "--device cuda: the cluster has no GPU; leave the option out"),
-        ([{"CPU": 2.0}], "cuda:1", None, "--device cuda:1 is one device: leave it out with --ray"),
+        ([{"CPU": 2.0}], "cuda:1", None, "--device cuda:1 is for one worker: leave it out with --ray"),
         ([{"CPU": 2.0}], None, 3, "--workers 3 is a CPU core each, and the cluster has 2"),
         ([{"GPU": 2.0}], None, 3, "--workers 3 is one GPU each, and the cluster has 2"),
         ([{}], None, None, "--workers 1 is a CPU core each, and the cluster has 0"),

@@ -77,5 +77,5 @@ def test_a_worker_of_another_version_does_nothing() -> None:
 
 def test_a_worker_needs_a_device_of_its_own() -> None:
     assert devices_of("cpu", 3) == ["cpu"] * 3
-    with pytest.raises(UsageError, match="--device cuda:1 is one device: leave it out with --workers 2"):
+    with pytest.raises(UsageError, match="--device cuda:1 is for one worker: leave it out with --workers 2"):
         devices_of("cuda:1", 2)

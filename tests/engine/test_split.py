@@ -112,6 +112,13 @@ def test_the_official_model_over_gpus(free: Sequence[int], quantization: Quantiz
     assert places.device_of("lm_head.weight") == places.layers[-1] == torch.device("cuda", len(free) - 1)
 
 
+def test_a_full_device_still_gets_its_part() -> None:
+    config = KeyeVL2Config(**tiny_config(num_hidden_layers=8))
+    first, second = split_layers(config, devices(2), [0, GIB], torch.float32)
+    assert (first.first, first.last, second.first, second.last) == (True, False, False, True)
+    assert 1 <= first.layers < second.layers
+
+
 def test_experts_in_the_host_take_no_part_in_it() -> None:
     config = official_config()
     parts = split_layers(config, devices(2), [GIB, GIB], torch.bfloat16, None, True, 2**26)

@@ -47,3 +47,27 @@ def test_stages_have_the_bits_of_the_whole(ends: list[int], monkeypatch: pytest.
     for expected, actual in zip(whole, steps(), strict=True):
         assert bool(expected.isfinite().all())
         assert torch.equal(expected, actual)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+@pytest.mark.parametrize("cut", [1, 2])
+@torch.inference_mode()
+def test_two_gpus_have_the_bits_of_one(cut: int) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    results = []
+    for layers in ([first] * LAYERS, [first] * cut + [second] * (LAYERS - cut)):
+        model = fresh(num_hidden_layers=LAYERS).to(first)
+        for layer, device in zip(model.model.layers, layers, strict=True):
+            layer.to(device)
+        model.model.norm.to(layers[-1])
+        model.lm_head.to(layers[-1])
+        cache = KeyeCache(model.config, TOKENS + STEPS, device=layers)
+        positions = torch.arange(TOKENS, device=first).expand(3, 1, TOKENS)
+        hidden = model.decode(model.embed(text(1, TOKENS).to(first)), positions, cache).to(first)
+        decoder = StaticDecoder(model, cache)
+        decoder.begin([TOKENS], [TOKENS])
+        steps = [decoder.step(torch.tensor([5 + i], device=first)).clone() for i in range(STEPS)]
+        assert {step.device for step in steps} == {first}
+        results.append([model.logits(hidden), *steps])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
