@@ -103,9 +103,9 @@ class Keye:
     ) -> Answer:
         """Answer a question about one or several videos and images, which the model sees in the order given.
 
-        `n` answers are drawn, each with a seed of its own, and stand in `Answer.answers`. `options` are those of `AskOptions`; or give `settings` whole. `on_text` and `on_reasoning` get the
-        pieces as they come, `on_progress` a description, what is done, and of how much. Errors: see
-        `keyecli.tasks.ask.ask`.
+        `n` answers are drawn, each with a seed of its own, and stand in `Answer.answers`. `options` are those of
+        `AskOptions`; or give `settings` whole. `on_text` and `on_reasoning` get the pieces as they come, `on_progress` a
+        description, what is done, and of how much. Errors: see `keyecli.tasks.ask.ask`.
         """
         return ask(
             self.loaded,

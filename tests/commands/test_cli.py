@@ -60,7 +60,11 @@ def test_nothing_heavy_is_imported_before_work_begins(
         "sys.exit(code)"
     )
     ended = subprocess.run(
-        [*IN_A_SHELL, sys.executable, "-c", program, *arguments], env=isolated, capture_output=True, text=True, check=False
+        [*IN_A_SHELL, sys.executable, "-c", program, *arguments],
+        env=isolated,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.stderr.splitlines()[-1] == "heavy:"
     assert ended.returncode == code
