@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -65,7 +66,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made = tmp_path_factory.mktemp("clips")
 
     def make(name: str = "clip.mp4", frames: int = 51, **arguments: object) -> Path:
-        path = made / name
+        # A name may stand for several clips: each kind has a folder of its own.
+        kind = "-".join(map(str, (frames, *arguments.values())))
+        path = made / re.sub(r"[^\w-]", "_", kind) / name
+        path.parent.mkdir(exist_ok=True)
         return path if path.exists() else write_clip(path, frames, **arguments)  # type: ignore[arg-type]
 
     return make

@@ -449,7 +449,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 
 
 def test_interrupted(clips: Callable[..., Path], isolated: dict[str, str], folder: Path, model: Path) -> None:
-    Path("jobs.jsonl").write_text("".join(json.dumps(ask(clips(f"{n}.mp4", 26), id=n)) + "\n" for n in "ab"))
+    # Not the same frames, or those of the first would be there already.
+    movies = {"a": clips("a.mp4", 26), "b": clips("b.mp4", 38)}
+    Path("jobs.jsonl").write_text("".join(json.dumps(ask(clip, id=n)) + "\n" for n, clip in movies.items()))
     code = (
         "import time\nfrom tests.batch.conftest import DECODING\n"
         "def slow(decode):\n"

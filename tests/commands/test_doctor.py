@@ -30,7 +30,9 @@ def test_the_machine_in_words(keye: Keye) -> None:
     for line, after in itertools.pairwise(lines):
         if line.startswith(("  warning", "  problem")):
             assert after.startswith("           → ")
-    assert lines[-3].split()[:4] == ["Kwai-Keye/Keye-VL-2.0-30B-A3B", "--dtype", "bf16", "32,768"]
+    rows = [line.split() for line in lines if line.startswith("Kwai-Keye/Keye-VL-2.0-30B-A3B ")]
+    assert rows[0][1:4] == ["--dtype", "bf16", "32,768"]
+    assert ["--quant", "int4", "262,144"] in [row[1:4] for row in rows]
 
 
 def test_json(keye: Keye, tmp_path: Path) -> None:

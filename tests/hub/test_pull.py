@@ -116,7 +116,8 @@ def test_an_interrupted_pull_goes_on_and_is_no_model_before(hub: Hub, hub_cache:
     ) as caught:
         pull(plan_pull(NAME))
     assert caught.value.exit_code == ExitCode.FAILURE
-    assert leftovers(hub_cache) == [hub.checksum(SHARD) + ".incomplete"]
+    # What other connections were in the middle of may be there too.
+    assert hub.checksum(SHARD) + ".incomplete" in leftovers(hub_cache)
     with pytest.raises(ModelError, match="nor in the local Hugging Face cache"):
         resolve_model(NAME)
     assert scan_cache_dir(hub_cache).warnings == []
