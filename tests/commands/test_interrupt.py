@@ -118,7 +118,13 @@ def test_while_decoding(question: list[str], isolated: dict[str, str]) -> None:
 def test_while_answering(question: list[str], isolated: dict[str, str]) -> None:
     environment = isolated | {"TERM": "xterm-256color"}
     options = ["--max-tokens", "3000", "--no-think"]  # the toy model then writes some 600 tokens
-    with terminal([sys.executable, "-m", "keyecli", *question, *options], environment) as shown:
+    # So slowly that a busy machine interrupts them too.
+    slowly = (
+        "import time\nfrom keyecli.engine.generate import TextStream\nadd = TextStream.add\n"
+        "TextStream.add = lambda self, token: time.sleep(0.02) or add(self, token)\n"
+        "from keyecli.cli import main\nmain()\n"
+    )
+    with terminal([sys.executable, "-c", slowly, *question, *options], environment) as shown:
         shown.read_until(lambda seen: SHOW_CURSOR in seen and seen.rpartition(SHOW_CURSOR)[2].strip())
         shown.process.send_signal(signal.SIGINT)
         assert_interrupted_and_sane(shown)
