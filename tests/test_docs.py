@@ -162,7 +162,9 @@ def test_every_field_of_a_conversation_is_described(tiny_checkpoint: Path, tmp_p
     import keyecli
     from tests.video.conftest import write_clip
 
-    chat = keyecli.load(tiny_checkpoint).chat(write_clip(tmp_path / "clip.mp4", 26), max_tokens=2, think=False)
+    chat = keyecli.load(tiny_checkpoint).chat(
+        write_clip(tmp_path / "clip.mp4", 26), max_tokens=2, think=False
+    )
     turn = chat.ask("What?").to_dict()
     (fields,) = documented("keye.chat/1")
     assert set(turn) == fields

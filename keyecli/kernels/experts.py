@@ -367,7 +367,7 @@ def _combine_kernel(routed, out, D, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _choose_kernel(
+def choose_kernel(
     logits,
     weights,
     experts,
@@ -956,7 +956,7 @@ def decode_experts(
     partial = torch.empty(tokens * top_k, model, dtype=torch.float32, device=device)
     arrived = torch.empty(tokens, down_tiles, dtype=torch.int32, device=device)
     dependent = dependent_launch(device)
-    _choose_kernel[(tokens,)](
+    choose_kernel[(tokens,)](
         logits,
         weights,
         experts,
@@ -1275,7 +1275,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
     overlapping = {"DEPENDENT": capability >= 90}
     choosing = {**bins, "TOP_K": top_k, "NORMALISE": True, **overlapping}
     chosen = {"experts": "*i32", "sums": "*fp32"}
-    cases.append(case_of("choose", _choose_kernel, choosing, {"num_warps": CHOOSE_WARPS}, chosen))
+    cases.append(case_of("choose", choose_kernel, choosing, {"num_warps": CHOOSE_WARPS}, chosen))
     decoding = {"TOP_K": top_k, "EVEN": True, "SPLITS": plan.decode_splits, **overlapping}
     for name, kernel, tile in (
         ("decode_gate_up", _decode_gate_up_kernel, plan.decode_gate_up),

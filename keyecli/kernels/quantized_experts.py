@@ -24,8 +24,8 @@ from keyecli.kernels.device import dependent_launch, let_next_begin, wait_for_pr
 from keyecli.kernels.experts import (
     CHOOSE_WARPS,
     PREFILL_TOKENS,
-    _choose_kernel,
     activate_rows,
+    choose_kernel,
     combine_rows,
     multiply_rows,
     padded,
@@ -173,7 +173,7 @@ def decode_experts(
     experts = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
     hidden = torch.empty(tokens * top_k, width, dtype=torch.float32, device=device)
     dependent = dependent_launch(device)
-    _choose_kernel[(tokens,)](
+    choose_kernel[(tokens,)](
         logits, weights, experts, logits.stride(0),
         E=num_experts, E_PADDED=padded(num_experts), TOP_K=top_k, NORMALISE=normalise, num_warps=CHOOSE_WARPS, **dependent,
     )  # fmt: skip
