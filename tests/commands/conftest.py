@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -67,8 +67,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(name: str = "clip.mp4", frames: int = 51, **arguments: object) -> Path:
         # A name may stand for several clips: each kind has a folder of its own.
-        kind = "-".join(map(str, (frames, *arguments.values())))
-        path = made / re.sub(r"[^\w-]", "_", kind) / name
+        kind = zlib.crc32(repr((frames, arguments)).encode())
+        path = made / f"{kind:08x}" / name
         path.parent.mkdir(exist_ok=True)
         return path if path.exists() else write_clip(path, frames, **arguments)  # type: ignore[arg-type]
 
