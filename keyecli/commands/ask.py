@@ -67,7 +67,7 @@ def ask(
         bool, typer.Option("--each", help="Ask about each VIDEO by itself, not about all together.")
     ] = False,
     samples: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--samples",
             "-n",
@@ -75,7 +75,7 @@ def ask(
             help="Draw so many answers; each has the seed of the one before, plus 1.",
             rich_help_panel="Answer",
         ),
-    ] = 1,
+    ] = None,
     start: Start = None,
     end: End = None,
     duration: Duration = None,
@@ -93,6 +93,8 @@ def ask(
 
     Without --model the embedded keye-nano answers, which knows nothing but the synthetic clips of `keye forge`.
     """
+    # No default of the option's own: Typer would load pydantic to validate it in every run.
+    samples = 1 if samples is None else samples
     check_samples(samples, settings.temperature)
     one_by_one = each or recursive or listed is not None
     inputs, question = split_arguments(videos, question, listed=listed, recursive=recursive)
