@@ -300,14 +300,18 @@ class RunPlan:
         return NOTHING_HELPS
 
 
-def plan_inputs(infos: Sequence[VideoInfo], settings: SamplingSettings) -> tuple[InputPlan, ...]:
-    """How each input will be sampled; several videos share the total equally, images have their own."""
+def plan_inputs(
+    infos: Sequence[VideoInfo], settings: SamplingSettings | Sequence[SamplingSettings]
+) -> tuple[InputPlan, ...]:
+    """How each input will be sampled, with settings for all or for each; several videos share the total equally, images have
+    their own."""
     videos = sum(info.kind != "image" for info in infos)
+    each = [settings] * len(infos) if isinstance(settings, SamplingSettings) else settings
 
-    def sample(info: VideoInfo) -> SamplingPlan:
-        return plan_image(info, settings) if info.kind == "image" else plan_video(info, settings, videos)
+    def sample(info: VideoInfo, own: SamplingSettings) -> SamplingPlan:
+        return plan_image(info, own) if info.kind == "image" else plan_video(info, own, videos)
 
-    return tuple(InputPlan(info, sample(info)) for info in infos)
+    return tuple(InputPlan(info, sample(info, own)) for info, own in zip(infos, each, strict=True))
 
 
 def plan_run(

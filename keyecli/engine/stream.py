@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -101,9 +101,17 @@ class PromptFeeder:
     """
 
     def __init__(
-        self, model: KeyeVL2ForConditionalGeneration, cache: KeyeCache, prompt: Prompt, chunk_tokens: int
+        self,
+        model: KeyeVL2ForConditionalGeneration,
+        cache: KeyeCache,
+        prompt: Prompt,
+        chunk_tokens: int,
+        lay_out: Callable[[Sequence[Visual]], Prompt],
+        timings: Timings,
     ) -> None:
         self._model = model
+        self._lay_out = lay_out
+        self._timings = timings
         self._cache = cache
         self._chunk_tokens = chunk_tokens
         self._device = cache.device
@@ -118,8 +126,9 @@ class PromptFeeder:
         """How many of the visual embeddings the decoder has seen."""
         return self._received - sum(map(len, self._embeds))
 
-    def replace_prompt(self, prompt: Prompt) -> None:
-        """Go on with another layout; ValueError when it differs in what is already fixed."""
+    def lay_out(self, visuals: Sequence[Visual]) -> None:
+        """Go on with the layout of other visuals; ValueError when it differs in what is already fixed."""
+        prompt = self._lay_out(visuals)
         fixed = self._ready()
         if not torch.equal(prompt.input_ids[:fixed], self.prompt.input_ids[:fixed]):
             raise ValueError("the new layout changes tokens that were already fed")
@@ -129,7 +138,8 @@ class PromptFeeder:
         """The next visual embeddings [V, D] in prompt order; feeds every whole chunk they complete."""
         self._embeds.append(embeds)
         self._received += len(embeds)
-        self._feed(self._ready(), whole_chunks=True)
+        with self._timings.measure("prefill_s"):
+            self._feed(self._ready(), whole_chunks=True)
 
     def finish(self) -> Tensor:
         """Feed the rest and return the last token's state [1, 1, D]; ValueError for missing embeddings."""
@@ -137,9 +147,11 @@ class PromptFeeder:
             raise ValueError(
                 f"{len(self._placeholders)} placeholders, but {self._received} visual embeddings came"
             )
-        self._feed(len(self.prompt.input_ids), whole_chunks=False)
-        assert self.hidden is not None
-        return self.hidden.to(self._device)
+        with self._timings.measure("prefill_s"):
+            self._feed(len(self.prompt.input_ids), whole_chunks=False)
+            assert self.hidden is not None
+            self.hidden = self.hidden.to(self._device)
+        return self.hidden
 
     def _set_prompt(self, prompt: Prompt) -> None:
         self.prompt = prompt
@@ -177,6 +189,16 @@ class PromptFeeder:
         return waiting[:count]
 
 
+class Sink(Protocol):
+    """Takes visual embeddings in prompt order as they come. `lay_out` is called when other frames come than were planned."""
+
+    def lay_out(self, visuals: Sequence[Visual]) -> None: ...
+
+    def add(self, embeds: Tensor) -> None: ...
+
+    def finish(self) -> object: ...
+
+
 @torch.inference_mode()
 def prefill_stream(
     loaded: LoadedModel,
@@ -202,11 +224,79 @@ def prefill_stream(
     """
     settings = settings or StreamSettings()
     timings = timings or Timings(device=loaded.device)
-    visuals = [visual_of(item) for item in inputs]
     chunk_tokens = settings.chunk_tokens or prefill_chunk_tokens(loaded.device, loaded.offload)
-    feeder = PromptFeeder(loaded.model, cache, lay_out(visuals), chunk_tokens)
+    prompt = lay_out([visual_of(item) for item in inputs])
+    feeder = PromptFeeder(loaded.model, cache, prompt, chunk_tokens, lay_out, timings)
+    visuals, came = stream_visuals(
+        loaded,
+        inputs,
+        feeder,
+        exact_resize=exact_resize,
+        strict=strict,
+        settings=settings,
+        timings=timings,
+        on_progress=on_progress,
+        prefilled=lambda: feeder.prefilled,
+    )
+    assert feeder.hidden is not None
+    return Prefilled(feeder.prompt, feeder.hidden, came, visuals)
+
+
+class _Kept:
+    """A sink that keeps everything."""
+
+    def __init__(self) -> None:
+        self.embeds: list[Tensor] = []
+
+    def lay_out(self, visuals: Sequence[Visual]) -> None:
+        """Nothing is laid out here."""
+
+    def add(self, embeds: Tensor) -> None:
+        self.embeds.append(embeds)
+
+    def finish(self) -> None:
+        """Everything came."""
+
+
+@torch.no_grad()
+def encode_visuals(
+    loaded: LoadedModel,
+    inputs: Sequence[InputPlan],
+    *,
+    exact_resize: bool = False,
+    strict: bool = False,
+    timings: Timings | None = None,
+) -> tuple[Tensor, tuple[Visual, ...]]:
+    """What `prefill_stream` feeds to the decoder for `inputs`, bit for bit: embeddings [V, D] on the model's device, and the visuals
+    as they came. Errors, warnings and the cache of frames as there."""
+    kept = _Kept()
+    visuals, _ = stream_visuals(
+        loaded, inputs, kept, exact_resize=exact_resize, strict=strict, timings=timings
+    )
+    width = loaded.config.hidden_size
+    empty = torch.empty(0, width, dtype=torch_dtype(loaded.dtype), device=loaded.device)
+    return torch.cat(kept.embeds) if kept.embeds else empty, visuals
+
+
+def stream_visuals(
+    loaded: LoadedModel,
+    inputs: Sequence[InputPlan],
+    sink: Sink,
+    *,
+    exact_resize: bool = False,
+    strict: bool = False,
+    settings: StreamSettings | None = None,
+    timings: Timings | None = None,
+    on_progress: OnProgress | None = None,
+    prefilled: Callable[[], int] | None = None,
+) -> tuple[tuple[Visual, ...], tuple[tuple[Fraction, ...], ...]]:
+    """Decode and encode `inputs` group by group into a sink, decoding ahead in a thread. Returns the visuals and, for each input,
+    the frames that really came. `prefilled` tells the progress how many embeddings the decoder has seen."""
+    settings = settings or StreamSettings()
+    timings = timings or Timings(device=loaded.device)
+    visuals = [visual_of(item) for item in inputs]
     reader = _Reader(loaded, inputs, settings, exact_resize, strict)
-    progress = _Progress(inputs, reader, feeder, on_progress)
+    progress = _Progress(inputs, reader, prefilled or (lambda: 0), on_progress)
     in_flight = InFlight(loaded.device)
     came: list[tuple[Fraction, ...]] = []
 
@@ -226,14 +316,13 @@ def prefill_stream(
                     after = [time_s for time_s in expected if time_s > group.times_s[-1]]
                     expected = [*times, *group.times_s, *after]
                     visuals[number] = _with_times(visuals[number], expected)
-                    feeder.replace_prompt(lay_out(visuals))
+                    sink.lay_out(visuals)
                 if recorder is not None and not times and not group.encoded:
                     draft = recorder.draft(loaded, item, exact_resize)
                 times += group.times_s
                 timings.add("cache_s" if group.encoded else "decode_s", group.seconds)
                 embeds = _embeds(loaded, group, timings)
-                with timings.measure("prefill_s"):
-                    feeder.add(embeds)
+                sink.add(embeds)
                 if draft is not None:
                     draft.add(len(group.times_s), embeds)
                 in_flight.launched()
@@ -242,15 +331,13 @@ def prefill_stream(
                 draft.discard()
             if times != planned:
                 visuals[number] = _with_times(visuals[number], times)
-                feeder.replace_prompt(lay_out(visuals))
+                sink.lay_out(visuals)
             came.append(tuple(times))
-
-        with timings.measure("prefill_s"):
-            hidden = feeder.finish()
+        sink.finish()
         progress.finished()
         if recorder is not None:
             recorder.keep()
-    return Prefilled(feeder.prompt, hidden, tuple(came), tuple(visuals))
+    return tuple(visuals), tuple(came)
 
 
 def cache_tokens(inputs: Sequence[InputPlan], prompt_tokens: int) -> int:
@@ -366,10 +453,10 @@ class _Progress:
         self,
         inputs: Sequence[InputPlan],
         reader: _Reader,
-        feeder: PromptFeeder,
+        prefilled: Callable[[], int],
         on_progress: OnProgress | None,
     ) -> None:
-        self._inputs, self._reader, self._feeder, self._tell = inputs, reader, feeder, on_progress
+        self._inputs, self._reader, self._seen, self._tell = inputs, reader, prefilled, on_progress
         self._total = sum(item.sampling.frames for item in inputs)
         self._encoded = 0
         self._begin_s = time.monotonic()
@@ -400,7 +487,7 @@ class _Progress:
 
     def _prefilled(self) -> int:
         """Frames of which the decoder has seen everything."""
-        tokens, frames = self._feeder.prefilled, 0
+        tokens, frames = self._seen(), 0
         for item in self._inputs:
             whole = min(tokens // item.sampling.tokens_per_frame, item.sampling.frames)
             frames += whole

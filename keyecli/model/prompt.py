@@ -84,8 +84,26 @@ def build_prompt(
 
 def layout(tokenizer: Any, config: KeyeVL2Config, text: str, visuals: Sequence[Visual]) -> Prompt:
     """Tokens and positions of templated text whose placeholders stand for `visuals`, in order."""
-    ids: list[int] = []
     waiting = list(visuals)
+    input_ids = np.asarray(token_ids(tokenizer, config, text, waiting), dtype=np.int64)
+    if waiting:
+        raise ValueError(f"{len(waiting)} videos or images have no placeholder in the prompt")
+    positions, next_position = prompt_positions(config, input_ids, visuals)
+    return Prompt(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(positions),
+        next_position=next_position,
+        visual_tokens=sum(visual.tokens for visual in visuals),
+        thinking_open=text.rstrip().endswith("<think>"),
+    )
+
+
+def token_ids(tokenizer: Any, config: KeyeVL2Config, text: str, waiting: list[Visual]) -> list[int]:
+    """Tokens of templated text; each of its placeholders takes the first of the `waiting` visuals off the list.
+
+    ValueError for a placeholder for which no visual of its kind waits.
+    """
+    ids: list[int] = []
     for piece in PLACEHOLDERS.split(text):
         if piece in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER):
             kind = "video" if piece == VIDEO_PLACEHOLDER else "image"
@@ -94,20 +112,15 @@ def layout(tokenizer: Any, config: KeyeVL2Config, text: str, visuals: Sequence[V
             ids.extend(_visual_ids(tokenizer, config, waiting.pop(0)))
         elif piece:
             ids.extend(tokenizer.encode(piece, add_special_tokens=False))
-    if waiting:
-        raise ValueError(f"{len(waiting)} videos or images have no placeholder in the prompt")
+    return ids
+
+
+def prompt_positions(
+    config: KeyeVL2Config, input_ids: np.ndarray, visuals: Sequence[Visual]
+) -> tuple[np.ndarray, int]:
+    """`multimodal_positions` of a sequence that holds these visuals."""
     grids = [visual.grid for visual in visuals for _ in range(visual.frames)]
-    input_ids = np.asarray(ids, dtype=np.int64)
-    positions, next_position = multimodal_positions(
-        input_ids, grids, (config.image_token_id, config.video_token_id)
-    )
-    return Prompt(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(positions),
-        next_position=next_position,
-        visual_tokens=sum(visual.tokens for visual in visuals),
-        thinking_open=text.rstrip().endswith("<think>"),
-    )
+    return multimodal_positions(input_ids, grids, (config.image_token_id, config.video_token_id))
 
 
 def _visual_ids(tokenizer: Any, config: KeyeVL2Config, visual: Visual) -> list[int]:

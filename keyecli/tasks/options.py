@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -68,7 +68,7 @@ def ask_settings(preprocessor: Preprocessor, **options: Unpack[AskOptions]) -> A
         sampling=SamplingSettings(
             fps=given.get("fps", preprocessor.fps),
             max_frames=_at_least_one("--max-frames", given.get("max_frames")),
-            budget=_budget(preprocessor.budget, given),
+            budget=budget_of(preprocessor.budget, given),
             start_s=start_s,
             end_s=end_s,
             exact_resize=given.get("exact_resize", False),
@@ -80,7 +80,7 @@ def ask_settings(preprocessor: Preprocessor, **options: Unpack[AskOptions]) -> A
     )
 
 
-def _budget(budget: FrameBudget, given: dict[str, Any]) -> FrameBudget:
+def budget_of(budget: FrameBudget, given: Mapping[str, Any]) -> FrameBudget:
     """The checkpoint's budget with what was asked for; a bound that crosses the other one moves it along."""
     total = _at_least_one("--max-tokens-video", given.get("max_tokens_video"))
     least = _at_least_one("--min-pixels", given.get("min_pixels"))

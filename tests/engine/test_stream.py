@@ -294,10 +294,11 @@ def test_feeder_refuses_a_layout_that_rewrites_the_past(loaded: LoadedModel) -> 
     inputs = [planned("a.mp4", 3)]
     layouts = Layouts(loaded, inputs)
     prompt = layouts([Visual("video", (2, 3), (0.0, 0.5, 1.0))])
-    feeder = PromptFeeder(loaded.model, KeyeCache(loaded.config, len(prompt.input_ids)), prompt, 16)
+    cache = KeyeCache(loaded.config, len(prompt.input_ids))
+    feeder = PromptFeeder(loaded.model, cache, prompt, 16, layouts, Timings())
     with torch.inference_mode():
         feeder.add(torch.zeros(6, loaded.config.hidden_size))
         with pytest.raises(ValueError, match="already fed"):
-            feeder.replace_prompt(layouts([Visual("video", (2, 3), (0.2, 0.5))]))
+            feeder.lay_out([Visual("video", (2, 3), (0.2, 0.5))])
         with pytest.raises(ValueError, match="18 placeholders, but 6"):
             feeder.finish()
