@@ -1,8 +1,8 @@
 """Checkpoints in and out, the official ones and our quantised ones: weights by name, strictly, from safetensors only.
 
 Nothing here executes remote code or opens a pickle. Weights stream tensor by tensor from one shard at a time into a
-model built on the meta device, so host memory stays near the model's own size plus one shard; what is quantised on the
-way is read an expert at a time. E experts, F expert width, D hidden size, N layer number, K expert number.
+model built on the meta device, so host memory stays near the model's own size plus a small buffer (see `streaming`).
+E experts, F expert width, D hidden size, N layer number, K expert number.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keyecli.errors import ModelError
-from keyecli.kernels.quantized_weights import quantise
 from keyecli.model.companions import (
     Preprocessor,
     load_config,
@@ -35,11 +34,10 @@ from keyecli.model.companions import (
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 from keyecli.model.offload import share_buffers
-from keyecli.model.placement import WeightPlaces, one_device
+from keyecli.model.placement import WeightPlaces
 from keyecli.model.quantize import (
     STORED_PARTS,
     Quantization,
-    Quantized,
     quantization_in,
     replace_modules,
 )
@@ -53,6 +51,7 @@ from keyecli.model.shards import (
     read_entries,
     weights_revision,
 )
+from keyecli.model.streaming import SAFETENSORS_DTYPES, stream_weights
 
 __all__ = [
     "WEIGHT_NAMES",
@@ -112,9 +111,6 @@ QUANTISED_NAMES: dict[str, Handling] = {
     "model.layers.N.mlp.experts.{gate_up_proj,down_proj}.{codes,scale,zero}": Handling.QUANTISED,
     "model.layers.N.mlp.{gate_proj,up_proj,down_proj}.{codes,scale,zero}": Handling.QUANTISED,
 }
-
-# The types in which official files store weights; anything else in a shard is a quantised or foreign model.
-SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -342,112 +338,6 @@ def _expert_placements(parameter: str, shape: tuple[int, ...]) -> dict[str, Plac
         for expert in range(experts)
         for block, start in starts.items()
     }
-
-
-@dataclass
-class _Target:
-    """Tensors that are being filled, and how many tensors of the files are still to come for them."""
-
-    tensors: dict[str, Tensor]
-    left: int = field(default=0)
-
-
-def stream_weights(
-    plan: LoadPlan,
-    device: torch.device | str | WeightPlaces,
-    dtype: torch.dtype | None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the model's state, each whole, as their shards hold them, on `device` in `dtype` (None: as stored).
-
-    What is quantised has types of its own. ModelError for a shard that cannot be read and a value that cannot be quantised.
-    """
-    by_shard: defaultdict[Path, list[str]] = defaultdict(list)
-    left: defaultdict[str, int] = defaultdict(int)
-    for name, placement in plan.placements.items():
-        by_shard[plan.entries[name].shard].append(name)
-        left[placement.parameter] += 1
-    total, done = plan.read_bytes, 0
-    places = device
-    if not isinstance(places, WeightPlaces):
-        places = one_device(places, plan.model.config.num_hidden_layers)
-    targets: dict[str, _Target] = {}
-    for shard, names in by_shard.items():
-        try:
-            with safe_open(shard, framework="pt", device="cpu") as file:
-                for name in names:
-                    placement = plan.placements[name]
-                    target = targets.get(placement.parameter)
-                    if target is None:
-                        made = _empty_tensors(plan, name, placement.parameter, places, dtype)
-                        target = targets[placement.parameter] = _Target(made, left[placement.parameter])
-                    if placement.parameter in plan.quantised:
-                        at = places.device_of(placement.parameter)
-                        _fill_quantised(target, file, name, placement, plan, at)
-                    else:
-                        _fill(target.tensors[placement.parameter], file.get_tensor(name), placement)
-                    target.left -= 1
-                    done += plan.entries[name].bytes
-                    if target.left == 0:
-                        yield from targets.pop(placement.parameter).tensors.items()
-                    del target
-                    if on_progress is not None:
-                        on_progress(done, total)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{shard} cannot be read ({one_line(error)}): download it again") from error
-
-
-def _empty_tensors(
-    plan: LoadPlan, name: str, parameter: str, places: WeightPlaces, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """What the tensor `name` of the files is a part of, by its names in the model's state, not filled yet."""
-    if parameter in plan.quantised:
-        module = plan.model.get_submodule(plan.quantised[parameter])
-        assert isinstance(module, Quantized)
-        names = {
-            f"{plan.quantised[parameter]}.{part}": buffer for part, buffer in module.matrix.tensors.items()
-        }
-        return {name: places.empty(name, buffer.shape, buffer.dtype) for name, buffer in names.items()}
-    like = plan.model.get_submodule(parameter.rpartition(".")[0])
-    old = getattr(like, parameter.rpartition(".")[2])
-    kept = isinstance(like, Quantized) and parameter.rpartition(".")[2] in STORED_PARTS
-    chosen = old.dtype if kept else dtype or SAFETENSORS_DTYPES[plan.entries[name].dtype]
-    return {parameter: places.empty(parameter, old.shape, chosen)}
-
-
-def _fill(target: Tensor, source: Tensor, placement: Placement) -> None:
-    with torch.no_grad():
-        if placement.expert is None:
-            target.copy_(source)
-        else:
-            target[placement.expert].narrow(1, placement.first_column, placement.shape[0]).copy_(source.t())
-
-
-def _fill_quantised(
-    target: _Target, file: Any, name: str, placement: Placement, plan: LoadPlan, device: torch.device
-) -> None:
-    """Quantise one tensor of the files, [out, in], or one expert of a fused one [E, in, out] after another, on `device`."""
-    assert plan.quantization is not None
-    parts = {part.rpartition(".")[2]: tensor for part, tensor in target.tensors.items()}
-    stored = file.get_slice(name)
-    first = placement.first_column
-    rows = slice(first, first + placement.shape[0])
-    matrices: Iterable[tuple[Any, Tensor]]
-    if placement.expert is not None:
-        matrices = [((placement.expert, rows), stored[:])]
-    elif len(placement.shape) == 2:
-        matrices = [(..., stored[:])]
-    else:
-        matrices = ((expert, stored[expert].t()) for expert in range(placement.shape[0]))
-    for place, matrix in matrices:
-        try:
-            made = quantise(matrix.to(device), plan.quantization.method, plan.quantization.group)
-        except ValueError as error:
-            raise ModelError(
-                f"the tensor {name} in {plan.entries[name].shard} cannot be quantised: {error}"
-            ) from error
-        for part, tensor in made.tensors.items():
-            parts[part][place] = tensor
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

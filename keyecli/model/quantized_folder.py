@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keyecli.errors import MemoryLimitError, ModelError, UsageError
-from keyecli.model.checkpoint import SAFETENSORS_DTYPES, LoadPlan, plan_load, stream_weights
+from keyecli.model.checkpoint import LoadPlan, plan_load
 from keyecli.model.quantize import Quantization, Quantized
 from keyecli.model.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json_object
+from keyecli.model.streaming import SAFETENSORS_DTYPES, stream_weights
 
 # Host memory holds one shard, and the tensor that is being quantised.
 SHARD_BYTES = 2_000_000_000

@@ -29,12 +29,13 @@ REVISION_SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as a shard's header describes it."""
+    """One tensor as a shard's header describes it; `offset` is that of its first byte in the file."""
 
     shard: Path
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    offset: int
 
 
 def read_entries(folder: Path | str) -> dict[str, TensorEntry]:
@@ -120,18 +121,23 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
         raw = file.read(length)
     entries = {}
     end = 0
+    start_of_data = HEADER_LENGTH_BYTES + length
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         for name, value in header.items():
             first, last = value["data_offsets"]
             entries[name] = TensorEntry(
-                path, str(value["dtype"]), tuple(map(int, value["shape"])), last - first
+                path,
+                str(value["dtype"]),
+                tuple(map(int, value["shape"])),
+                last - first,
+                start_of_data + first,
             )
             end = max(end, last)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} is damaged (its header cannot be read): download it again") from error
-    promised = HEADER_LENGTH_BYTES + length + end
+    promised = start_of_data + end
     if size < promised:
         raise ModelError(f"{path} is cut off ({size} of {promised} bytes): download it again")
     if size > promised:
