@@ -15,6 +15,7 @@ COMMANDS = {
     "clip": "Cut the parts that saved results name out of their videos.",
     "batch": "Do many jobs with one model, resumable.",
     "report": "Show what became of a batch.",
+    "data": "Check training data against its videos.",
     "cache": "Show or clear what is kept on the disk.",
     "pull": "Fetch a model from the Hugging Face hub.",
     "doctor": "Check this machine, a model, and its answers.",

@@ -6,7 +6,7 @@ the chat template's own, with earlier answers whole. T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -52,12 +52,14 @@ class Example:
         return int((self.targets != IGNORED_LABEL).sum())
 
 
-def plan_row(row: TrainingRow, settings: SamplingSettings) -> tuple[InputPlan, ...]:
+def plan_row(
+    row: TrainingRow, settings: SamplingSettings, look_into: Callable[[Path], VideoInfo] | None = None
+) -> tuple[InputPlan, ...]:
     """How the visuals of a row are sampled: as `keye ask` would with these settings, and with what the row says of each.
 
-    InputError for a file that cannot be read.
+    look_into: `probe`, or what remembers files that it has been given before. InputError for a file that cannot be read.
     """
-    infos = [_looked_into(visual.path) for visual in row.visuals]
+    infos = [(look_into or _looked_into)(visual.path) for visual in row.visuals]
     return plan_inputs(infos, [_own_settings(visual, settings) for visual in row.visuals])
 
 
