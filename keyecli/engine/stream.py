@@ -267,7 +267,7 @@ def encode_visuals(
     strict: bool = False,
     timings: Timings | None = None,
 ) -> tuple[Tensor, tuple[Visual, ...]]:
-    """What `prefill_stream` feeds to the decoder for `inputs`, bit for bit: embeddings [V, D] on the model's device, and the visuals
+    """What `prefill_stream` feeds to the decoder, bit for bit: embeddings [V, D] on the model's device, and the visuals
     as they came. Errors, warnings and the cache of frames as there."""
     kept = _Kept()
     visuals, _ = stream_visuals(
@@ -315,7 +315,7 @@ def stream_visuals(
                 if tuple(expected[len(times) : len(times) + len(group.times_s)]) != group.times_s:
                     after = [time_s for time_s in expected if time_s > group.times_s[-1]]
                     expected = [*times, *group.times_s, *after]
-                    visuals[number] = _with_times(visuals[number], expected)
+                    visuals[number] = with_times(visuals[number], expected)
                     sink.lay_out(visuals)
                 if recorder is not None and not times and not group.encoded:
                     draft = recorder.draft(loaded, item, exact_resize)
@@ -330,7 +330,7 @@ def stream_visuals(
             if draft is not None and (times != planned or groups.warnings_shown > warned):
                 draft.discard()
             if times != planned:
-                visuals[number] = _with_times(visuals[number], times)
+                visuals[number] = with_times(visuals[number], times)
                 sink.lay_out(visuals)
             came.append(tuple(times))
         sink.finish()
@@ -363,7 +363,8 @@ def visual_end(files: ModelFiles, input_ids: Tensor) -> int:
     return int((input_ids == files.config.vision_end_token_id).nonzero()[-1]) + 1
 
 
-def _with_times(visual: Visual, times_s: Sequence[Fraction]) -> Visual:
+def with_times(visual: Visual, times_s: Sequence[Fraction]) -> Visual:
+    """A visual with the frames that came."""
     if visual.kind == "image":
         return visual
     return replace(visual, times_s=tuple(float(time_s) for time_s in times_s))

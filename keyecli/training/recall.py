@@ -1,0 +1,66 @@
+"""How much of what attention looks at the indexer would select: the gate of its training.
+
+T tokens of a row, H query heads, G key/value heads, J indexer heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from keyecli.kernels import reference
+from keyecli.model.attention import IndexerOutput
+from keyecli.model.decoder import DecoderLayer, TextDecoder
+
+
+class Recall:
+    """Per layer the mean share of attention's weight, over all keys, that falls on the selected ones; of queries that select."""
+
+    def __init__(self, decoder: TextDecoder) -> None:
+        layers = len(decoder.layers)
+        self._mass, self._queries = [0.0] * layers, [0] * layers
+
+    @property
+    def layers(self) -> list[float | None]:
+        """One share for each layer, None where no query had more keys than are selected."""
+        return [
+            mass / queries if queries else None
+            for mass, queries in zip(self._mass, self._queries, strict=True)
+        ]
+
+    def see(self, layer: int, q: Tensor, k: Tensor, index: IndexerOutput, top_k: int, chunk: int) -> None:
+        """Count what one layer attends with: q [1, T, H, d], k [1, T, G, d], and the indexer's output."""
+        tokens = q.shape[1]
+        for begin in range(top_k, tokens, chunk):
+            end = min(begin + chunk, tokens)
+            visible = reference.visible_keys(end - begin, end, q.device, first_query=begin)
+            weights = reference.attention_probabilities(q[:, begin:end], k[:, :end], visible).mean(1)
+            scores = reference.index_scores(index[0][:, begin:end], index[1][:, begin:end], index[2][:, :end])
+            selected = reference.select_top_k(scores, visible, top_k)
+            self._mass[layer] += float((weights * selected).sum())
+            self._queries[layer] += end - begin
+
+
+@contextmanager
+def watching(decoder: TextDecoder) -> Iterator[Recall]:
+    """Count everything that goes through the decoder in one piece, without a cache; the pass must be a sparse one."""
+    recall = Recall(decoder)
+    attentions = [cast(DecoderLayer, layer).self_attn for layer in decoder.layers]
+
+    def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> None:
+        if index is not None and len(q) == 1:
+            attention = attentions[layer]
+            with torch.no_grad():
+                recall.see(layer, q, k, index, attention.top_k, attention.query_chunk)
+
+    for attention in attentions:
+        attention.observer = observe
+    try:
+        yield recall
+    finally:
+        for attention in attentions:
+            attention.observer = None
