@@ -98,6 +98,10 @@ def segments(tokenizer: Any, row: TrainingRow) -> Iterator[tuple[str, bool]]:
         if message.role != "assistant":
             said.append({"role": message.role, "content": _content(message)})
             continue
+        if not message.learnt:
+            # It is read only, so it stands as the template shows answering what was said before.
+            said.append({"role": "assistant", "content": message.text})
+            continue
         thinks = message.text.startswith(THINK_OPEN)
         header = tokenizer.apply_chat_template(
             said, tokenize=False, add_generation_prompt=True, enable_thinking=thinks
@@ -106,7 +110,7 @@ def segments(tokenizer: Any, row: TrainingRow) -> Iterator[tuple[str, bool]]:
         _, _, new = header.rpartition(_MARK + END_OF_TURN)
         yield new, False
         answer = message.text.removeprefix(THINK_OPEN) if header.endswith(THINK_OPEN) else message.text
-        yield answer + END_OF_TURN, message.learnt
+        yield answer + END_OF_TURN, True
         said.append({"role": "assistant", "content": _MARK})
 
 

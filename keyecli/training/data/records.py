@@ -237,6 +237,8 @@ def _array_places(path: Path) -> Iterator[tuple[int, int, int]]:
         at = _behind_space(text, end)
         if text[at : at + 1] == ",":
             at = _behind_space(text, at + 1)
+            if text[at : at + 1] == "]":
+                raise InputError(f"{path} is not JSON: line {line} has a comma behind the last row")
         elif text[at : at + 1] != "]":
             raise InputError(f"{path} is not JSON: line {line} has no comma or ] behind a row")
     if text[at + 1 :].strip():
