@@ -55,7 +55,6 @@ class _Input:
     settled: bool = False
     error: KeyeError | None = None
     last_warnings: tuple[str, ...] = ()
-    told: set[str] = field(default_factory=set)
     taken: bool = False
     awaited: bool = False
     dropped: bool = False
@@ -66,12 +65,6 @@ class _Input:
         plan = self.item.sampling
         frames = max(1, min(self.chunk_frames, plan.frames - self.received_frames))
         return frames * plan.height * plan.width * 3
-
-    def untold(self, said: tuple[str, ...]) -> tuple[str, ...]:
-        """What has not been warned of before; a worker that takes over says everything again."""
-        new = tuple(message for message in said if message not in self.told)
-        self.told.update(new)
-        return new
 
 
 class DecodePool:
@@ -366,18 +359,18 @@ class DecodePool:
             return size
 
     def _put(self, wanted: _Input, decoded: Decoded) -> None:
-        chunk = decoded.chunk
+        chunk = decoded.chunk  # None: it has come before, with what was warned of
         with self._changed:
             if wanted.dropped or chunk is None:
                 return
             wanted.received_chunks += 1
             wanted.received_frames += len(chunk.times_s)
-            wanted.waiting.append((chunk, wanted.untold(decoded.warnings)))
+            wanted.waiting.append((chunk, decoded.warnings))
             self._hold(chunk.frames.nbytes)
 
     def _settle(self, wanted: _Input, error: KeyeError | None, said: tuple[str, ...] = ()) -> None:
         with self._changed:
-            wanted.settled, wanted.error, wanted.last_warnings = True, error, wanted.untold(said)
+            wanted.settled, wanted.error, wanted.last_warnings = True, error, said
             self._changed.notify_all()
 
 

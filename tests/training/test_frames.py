@@ -154,22 +154,19 @@ def test_the_frames_are_the_frames(clips: list[Path], tmp_path: Path, workers: i
         assert len(pool.process_ids) == workers
 
 
-@pytest.mark.parametrize("options", [{"exact_resize": True}, {"strict": True}])
-def test_options_go_to_the_workers(
-    clips: list[Path], options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_go_to_the_workers(clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (item,) = plans_of(clips[0])
+    options = {"exact_resize": True, "strict": True}
     expected = list(decode_frames(item.info, item.sampling, **options))
+    assert not np.array_equal(expected[0].frames, in_process([item])[0].frames)
     with DecodePool(1, **options) as pool:
-        pool.request("row", [item])
-        assert_same(pool.frames("row"), expected)
         pool.request("row", [item])
         noted = noting_decoder(monkeypatch)
         assert_same(pool.reader("row")(item.info, item.sampling, **options), expected)
         assert not noted
 
 
-@pytest.mark.parametrize("room_chunks", [0, 1, 4, 9])
+@pytest.mark.parametrize("room_chunks", [1, 9])
 def test_what_waits_is_bounded(clips: list[Path], room_chunks: int) -> None:
     rows = {number: plans_of(path) for number, path in enumerate([*clips[:2], clips[0]])}
     chunk_bytes = 2 * bytes_of_frame(rows[0][0])
@@ -199,7 +196,7 @@ def test_rows_that_nobody_takes_hold_up_nobody(clips: list[Path], monkeypatch: p
         assert not noted
 
 
-@pytest.mark.parametrize("taken", [0, 1, 20])
+@pytest.mark.parametrize("taken", [0, 20])
 def test_a_killed_worker_neither_drops_nor_repeats_frames(
     clips: list[Path], taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,12 +382,21 @@ def test_workers_end_quietly_with_their_parent(
 ) -> None:
     command = [sys.executable, "-c", PARENT, str(clips[1])]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as parent:
         assert parent.stdout is not None
         ids = [int(word) for word in parent.stdout.readline().split()]
         assert len(ids) == 2
-        parent.send_signal(how)
+        assert parent.pid not in map(os.getpgid, ids)  # so that Ctrl-C does not reach them
+        if how == signal.SIGINT:
+            os.killpg(parent.pid, how)  # as a terminal does
+        else:
+            parent.kill()
         _, errors = parent.communicate()
     wait_until_gone(ids)
     told = ["KeyboardInterrupt"] if how == signal.SIGINT else []
@@ -416,7 +422,7 @@ def test_a_worker_imports_no_torch() -> None:
     assert said.stdout.split() == ["True", "False"]
 
 
-@pytest.mark.parametrize("depth", [0, 1, 5])
+@pytest.mark.parametrize("depth", [0, 2])
 def test_rows_come_in_order_and_are_decoded_ahead(
     tiny_checkpoint: Path, clips: list[Path], depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
