@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
@@ -254,7 +255,10 @@ def quantized_linear(
     dense: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """`quantized_weights.quantized_linear`; results of a few rows, where no gradient is wanted, do not depend on each other."""
+    """`quantized_weights.quantized_linear`; results of a few rows, where no gradient is wanted, do not depend on each other.
+    Without `dense` differentiable in x."""
+    if dense is None and x.requires_grad and torch.is_grad_enabled():
+        return quantized_weights.frozen_product(x, matrix, partial(read_back, backend=backend))
     if backend_of(x, backend) == "reference":
         return quantized_weights.quantized_linear(x, matrix, dense)
     with _naming("a quantised linear layer", x.device):
@@ -264,6 +268,16 @@ def quantized_linear(
         if len(rows) <= DECODE_TOKENS and not torch.is_grad_enabled():
             return quantized.quantized_linear(rows, matrix, dense).view(*x.shape[:-1], -1)
         return x @ quantized.read_back(matrix, x.dtype, dense)
+
+
+def read_back(matrix: QuantizedMatrix, dtype: torch.dtype, backend: Backend | None = None) -> Tensor:
+    """The matrix [..., N, K] that codes stand for, transposed: [..., K, N] in `dtype`."""
+    if backend_of(matrix.codes, backend) == "reference":
+        return quantized_weights.dequantise(matrix, dtype).transpose(-1, -2)
+    with _naming("reading quantised weights back", matrix.codes.device):
+        from keyecli.kernels import quantized
+
+        return quantized.read_back(matrix, dtype)
 
 
 def quantized_experts(
@@ -282,6 +296,36 @@ def quantized_experts(
         from keyecli.kernels import quantized_experts as kernels
 
         return kernels.quantized_experts(x, logits, top_k, normalise, gate_up, down, by_vectors(x, backend))
+
+
+def lora_experts(
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    normalise: bool,
+    gate_up: Tensor | QuantizedMatrix,
+    down: Tensor | QuantizedMatrix,
+    gate_up_factors: reference.LowRank | None,
+    down_factors: reference.LowRank | None,
+    scale: float,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`reference.lora_experts` of x [T, D] for what `route` makes of its router logits [T, E]; no gradient reaches the matrices.
+    Both may be quantised, as `quantized_weights.quantized_lora_experts` takes them."""
+    weights, experts = route(logits, top_k, normalise, backend)
+    added = (gate_up_factors, down_factors, scale)
+    if isinstance(gate_up, QuantizedMatrix):
+        assert isinstance(down, QuantizedMatrix)
+        if backend_of(x, backend) == "reference":
+            return quantized_weights.quantized_lora_experts(x, weights, experts, gate_up, down, *added)
+    else:
+        assert isinstance(down, Tensor)
+        if backend_of(x, backend) == "reference":
+            return reference.lora_experts(x, weights, experts, gate_up, down, *added)
+    with _naming("experts with an adapter", x.device):
+        from keyecli.kernels import lora_experts as kernels
+
+        return kernels.lora_experts(x, weights, experts, gate_up, down, *added)
 
 
 @contextmanager

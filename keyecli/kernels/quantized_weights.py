@@ -16,13 +16,15 @@ group is that of the group's input p · G/P + j. So the codes at one place of ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from keyecli.kernels import reference
 
@@ -175,3 +177,60 @@ def quantized_experts(
         gate, up = quantized_linear(x[token], gate_up[expert]).chunk(2, dim=-1)
         routed[token, slot] = quantized_linear(F.silu(gate) * up, down[expert])
     return (routed * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Keeps the codes, not the matrix that they stand for: the backward pass reads it back again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix: QuantizedMatrix,
+        read_back: Callable[[QuantizedMatrix, torch.dtype], Tensor],
+    ) -> Tensor:
+        ctx.matrix, ctx.read_back = matrix, read_back
+        return x @ read_back(matrix, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.read_back(ctx.matrix, gradient.dtype).t(), None, None
+
+
+def frozen_product(
+    x: Tensor, matrix: QuantizedMatrix, read_back: Callable[[QuantizedMatrix, torch.dtype], Tensor]
+) -> Tensor:
+    """x [..., K] · the matrix [N, K]ᵀ → [..., N], differentiable once in x. read_back: the matrix in a type → [K, N]."""
+    return _FrozenProduct.apply(x, matrix, read_back)
+
+
+def quantized_lora_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: QuantizedMatrix,
+    down: QuantizedMatrix,
+    gate_up_factors: reference.LowRank | None,
+    down_factors: reference.LowRank | None,
+    scale: float,
+) -> Tensor:
+    """`reference.lora_experts` with gate_up [E, 2F, D] and down [E, D, F].
+
+    All experts of a layer are read back at once, and again in the backward pass: between the two nothing of them is kept.
+    """
+
+    def computed(x: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
+        parts = list(factors)
+        pairs = [
+            None if given is None else (parts.pop(0), parts.pop(0))
+            for given in (gate_up_factors, down_factors)
+        ]
+        dense = [dequantise(matrix, x.dtype).transpose(-1, -2) for matrix in (gate_up, down)]
+        return reference.lora_experts(x, weights, experts, dense[0], dense[1], pairs[0], pairs[1], scale)
+
+    tensors = (x, weights, *(gate_up_factors or ()), *(down_factors or ()))
+    if not torch.is_grad_enabled():
+        return computed(*tensors)
+    # Nothing here is random, so no state of random numbers has to be kept.
+    return checkpoint(computed, *tensors, use_reentrant=False, preserve_rng_state=False)

@@ -21,6 +21,11 @@ GATHER_CROSSOVER = 8
 GATHER_WORKSPACE_BYTES = 256 * 2**20
 SELECTION_WORKSPACE_BYTES = 256 * 2**20
 FP8_LARGEST = 448.0
+# Columns that make up 16 bytes in every type that grouped products take.
+GROUPED_ALIGNMENT = 8
+
+# A and B of a low-rank addition A · B to a matrix [in, out], or to one for each expert: […, in, r] and […, r, out].
+LowRank = tuple[Tensor, Tensor]
 
 PADDING_SEGMENT = -1
 SHARED_SEGMENT = 0
@@ -488,13 +493,56 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
     down: [E, F, D]. Returns [T, D]. Rows are sorted by expert and multiplied group by group; the sum over a token's
     experts is taken in a fixed order, so the result is repeatable.
     """
-    tokens, chosen = experts.shape
-    order = experts.flatten().argsort(stable=True)
-    counts = F.one_hot(experts.flatten(), gate_up.shape[0]).sum(0)
-    ends = counts.cumsum(0).to(torch.int32)
-    rows = x[order // chosen]
+    order, ends = _by_expert(experts, gate_up.shape[0])
+    rows = x[order // experts.shape[1]]
     gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
-    routed = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+    return _combined(F.grouped_mm(F.silu(gate) * up, down, offs=ends), order, weights)
+
+
+def lora_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_factors: LowRank | None,
+    down_factors: LowRank | None,
+    scale: float,
+) -> Tensor:
+    """`moe_experts` whose matrices are W + scale · A · B, without that sum: the factors meet the routed rows only.
+
+    gate_up_factors: A [E, D, r] and B [E, r, 2F]; down_factors: A [E, F, r] and B [E, r, D], of any floating type; None leaves a
+    matrix as it is. Differentiable in x, weights and the factors; the factors of an expert without rows get zeros.
+    """
+    order, ends = _by_expert(experts, gate_up.shape[0])
+    rows = x[order // experts.shape[1]]
+    gate, up = _adapted_rows(rows, gate_up, gate_up_factors, scale, ends).chunk(2, dim=-1)
+    return _combined(_adapted_rows(F.silu(gate) * up, down, down_factors, scale, ends), order, weights)
+
+
+def _by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices [T, k] → their places sorted by expert, int64 [T · k], and where each expert's end, int32 [E]."""
+    order = experts.flatten().argsort(stable=True)
+    counts = F.one_hot(experts.flatten(), num_experts).sum(0)
+    return order, counts.cumsum(0).to(torch.int32)
+
+
+def _adapted_rows(
+    rows: Tensor, weight: Tensor, factors: LowRank | None, scale: float, ends: Tensor
+) -> Tensor:
+    """Sorted rows [R, K] times their experts' weight [E, K, N] + scale · A [E, K, r] · B [E, r, N] → [R, N]."""
+    product = F.grouped_mm(rows, weight, offs=ends)
+    if factors is None:
+        return product
+    # Grouped products want rows of whole 16 bytes, so a rank is made up to one with zeros.
+    missing = -factors[0].shape[2] % GROUPED_ALIGNMENT
+    first = F.pad(factors[0].to(rows.dtype), (0, missing))
+    second = F.pad(factors[1].to(rows.dtype), (0, 0, 0, missing))
+    return product + F.grouped_mm(F.grouped_mm(rows, first, offs=ends) * scale, second, offs=ends)
+
+
+def _combined(routed: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Rows [T · k, D] in the places of `order` → each token's sum by its weights fp32 [T, k], in its slots' order: [T, D]."""
     restore = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    per_token = routed[restore].unflatten(0, (tokens, chosen))
-    return (per_token * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+    per_token = routed[restore].unflatten(0, weights.shape)
+    return (per_token * weights.to(routed.dtype).unsqueeze(-1)).sum(1)

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 class Experts(nn.Module):
     """All experts of a layer in two tensors, [expert, in, out] as in the official files.
 
-    host: set where they are in the host's memory and the layer computes elsewhere.
+    host: set where they are in the host's memory and the layer computes elsewhere. is_transposed: how PEFT asks which of the
+    last two dimensions is the input.
     """
+
+    is_transposed = True
 
     def __init__(self, config: KeyeVL2Config) -> None:
         super().__init__()
