@@ -23,10 +23,12 @@ OWN_OPTIONS = {
     "prefill": ("--lengths",),
     "decode": ("--lengths", "--quant", "--kv"),
     "memory": ("--lengths", "--quant", "--kv"),
+    "load": ("--gib", "--dir", "--quant"),
     "end-to-end": ("--hours",),
     "video": ("CLIP",),
 }
 """What is measured → what can be said of it."""
+WITHOUT_GPU = ("load", "video")
 
 
 class Row(Protocol):
@@ -64,10 +66,28 @@ def bench(
     ] = None,
     quant: Annotated[
         str | None,
-        typer.Option("--quant", metavar="HOW", help="decode, memory: weights in int8, int4 or fp8."),
+        typer.Option(
+            "--quant",
+            metavar="HOW",
+            help="decode, memory: weights in int8, int4 or fp8; load: so as well as in bf16.",
+        ),
     ] = None,
     kv: Annotated[
         str | None, typer.Option("--kv", metavar="HOW", help="decode, memory: keys and values in fp8.")
+    ] = None,
+    size: Annotated[
+        float | None,
+        typer.Option(
+            "--gib", metavar="N", help="load: size of the checkpoint that is written; 16 if not given."
+        ),
+    ] = None,
+    place: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            metavar="FOLDER",
+            help="load: where it is written, and removed afterwards; the temporary folder if not given.",
+        ),
     ] = None,
     *,
     settings: Settings,
@@ -75,7 +95,8 @@ def bench(
     """Measure this machine in the shape of the 30B model with random weights; no download is needed.
 
     kernels: each kernel beside what PyTorch has for it. prefill, decode: the whole decoder. memory: the plan beside the
-    peak. end-to-end: a long clip from its file to the first token. video: reading frames, the only one without a GPU.
+    peak. load: a checkpoint from the disk. end-to-end: a long clip from its file to the first token. video: reading frames. The
+    last, and load into the host's memory, need no GPU.
     Every result is checked before it is timed. A line gives the median time, what the operation reaches of the floor
     that arithmetic and memory set on one H200, and its time over the baseline's, both from the same run.
     """
@@ -89,6 +110,8 @@ def bench(
         "--hours": hours,
         "--quant": quant,
         "--kv": kv,
+        "--gib": size,
+        "--dir": place,
         "CLIP": clips or None,
     }
     for option, value in given.items():
@@ -103,13 +126,18 @@ def bench(
     with leaving_at_once():
         import torch
 
-    if what != "video":
+    if what not in WITHOUT_GPU:
         if not torch.cuda.is_available():
             raise UsageError(
                 f"{what} is measured on an NVIDIA GPU, and this machine has none that torch can use"
             )
         console.detail(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for row in _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or [], quant, kv):
+    rows = (
+        import_module("keyecli.bench.load").measure(16.0 if size is None else size, quant, place)
+        if what == "load"
+        else _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or [], quant, kv)
+    )
+    for row in rows:
         console.result(json.dumps(row.to_dict()) if settings.json else row.line())
 
 

@@ -57,6 +57,7 @@ __all__ = [
     "WEIGHT_NAMES",
     "Handling",
     "Preprocessor",
+    "config_values",
     "handling_of",
     "load_config",
     "load_model",
@@ -413,7 +414,7 @@ def save_model(
             total = sum(state[name].nbytes for name in names)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             temporary[INDEX_FILE] = _write_json(folder, INDEX_FILE, index)
-        temporary[CONFIG_FILE] = _write_json(folder, CONFIG_FILE, _config_values(model))
+        temporary[CONFIG_FILE] = _write_json(folder, CONFIG_FILE, config_values(model))
         for file, path in temporary.items():
             path.replace(folder / file)
     finally:
@@ -442,7 +443,7 @@ def _write_json(folder: Path, name: str, values: dict[str, Any]) -> Path:
     return path
 
 
-def _config_values(model: KeyeVL2ForConditionalGeneration) -> dict[str, Any]:
+def config_values(model: KeyeVL2ForConditionalGeneration) -> dict[str, Any]:
     """`config.json` as the official file spells it: older rotary keys, no auto_map (what it names is not saved)."""
     config = model.config
     values = config.to_diff_dict()

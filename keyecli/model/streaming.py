@@ -284,7 +284,7 @@ def _read(shard: Path, offset: int, memory: Tensor, copied: torch.cuda.Event | N
     """Fill `memory` from `offset` on, once what copied from it has been done; OSError for a file that ends before."""
     if copied is not None:
         copied.synchronize()
-    view, done = memoryview(memory.numpy()), 0
+    view, done = memory.numpy().data, 0
     with shard.open("rb", buffering=0) as file:
         file.seek(offset)
         while done < len(view):

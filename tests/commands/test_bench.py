@@ -12,7 +12,7 @@ from keyecli.bench.measure import Measurement
 from tests.commands.conftest import Keye
 
 GPU = torch.cuda.is_available()
-UNKNOWN = "keye: keye bench measures kernels, prefill, decode, memory, end-to-end, video: name one, as in `keye bench kernels`"
+UNKNOWN = "keye: keye bench measures kernels, prefill, decode, memory, load, end-to-end, video: name one, as in `keye bench kernels`"
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,15 @@ UNKNOWN = "keye: keye bench measures kernels, prefill, decode, memory, end-to-en
         ),
         (
             ["prefill", "--quant", "int4"],
-            "keye: --quant goes with `keye bench decode` and `keye bench memory`",
+            "keye: --quant goes with `keye bench decode` and `keye bench memory` and `keye bench load`",
         ),
         (["memory", "--hours", "2"], "keye: --hours goes with `keye bench end-to-end`"),
+        (["memory", "--gib", "8"], "keye: --gib goes with `keye bench load`"),
+        (["video", "--dir", "."], "keye: --dir goes with `keye bench load`"),
+        (
+            ["load", "--gib", "1"],
+            "keye: --gib 1 is too small: the released shape with one layer takes 3.2 GiB",
+        ),
         (["decode", "clip.mp4"], "keye: CLIP goes with `keye bench video`"),
     ],
 )
