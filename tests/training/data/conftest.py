@@ -46,7 +46,7 @@ def write(media: Path) -> WriteRows:
     return make
 
 
-def question(answer: str = "A dog.", text: str = "<video>What?", **columns: Any) -> dict[str, Any]:
+def question(reply: str = "A dog.", /, text: str = "<video>What?", **columns: Any) -> dict[str, Any]:
     """A row in the form of ms-swift."""
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
     return {"messages": messages, "videos": ["a.mp4"], **columns}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -396,6 +397,14 @@ def test_an_explicit_format_decides(write: WriteRows) -> None:
         open_data(path, format="timelens").row(0)
     with pytest.raises(UsageError, match="no format other; known are swift, sharegpt"):
         open_data(path, format="other")
+
+
+def test_a_data_file_goes_to_another_process(described: Path, write: WriteRows) -> None:
+    events = [{"query": "x", "span": [[0, 1]]}, {"query": "y", "span": [[1, 2]]}]
+    timed = open_data(write({"video_path": "a.mp4", "events": events}, name="timed.jsonl"))
+    for data in (open_data(described / "theirs.json", dataset="theirs"), timed):
+        copy = pickle.loads(pickle.dumps(data))
+        assert list(copy.rows()) == list(data.rows())
 
 
 def test_events_among_other_rows_are_not_lost(write: WriteRows) -> None:
