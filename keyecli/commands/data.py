@@ -95,7 +95,8 @@ def data(
     """Check training data against its videos.
 
     Tells line by line of clips that cannot be read, placeholders without files, spans outside of the clip or reversed, rows
-    that are too long or there twice; then how many tokens the rows take. Clips are looked into, not decoded through, and no weights are read.
+    that are too long or there twice; then how many tokens the rows take. Clips are looked into, not
+    decoded through, and no weights are read.
     """
     if action not in ACTIONS:
         raise UsageError(f"keye data can {' and '.join(ACTIONS)}, not {action}")
