@@ -43,6 +43,18 @@ def forge(
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks; a wrong name lists them.")
     ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            "--shapes",
+            metavar="A,B",
+            help="Shapes to draw. Default: all but the extra ones; a wrong name lists them.",
+        ),
+    ] = None,
+    motions: Annotated[
+        str | None,
+        typer.Option("--motions", metavar="A,B", help="What shapes do besides standing still, likewise."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     *,
     settings: Settings,
@@ -53,12 +65,19 @@ def forge(
     questions about them with answers, as chat messages and as columns (task, answer, solution spans in seconds).
     """
     frame_size = None if size is None else _parse_size(size)
-    asked = () if tasks is None else tuple(name.strip().replace("-", "_") for name in tasks.split(","))
+    asked = () if tasks is None else tuple(name.replace("-", "_") for name in _parse_names(tasks))
 
     with leaving_at_once():
-        from keyecli.forge.scene import SceneOptions
+        from keyecli.forge.scene import MOTIONS, SHAPES, SceneOptions
     # Checked before torch is imported, which takes seconds.
-    options = SceneOptions(min_duration, max_duration, frame_size, rate)
+    options = SceneOptions(
+        min_duration,
+        max_duration,
+        frame_size,
+        rate,
+        SHAPES if shapes is None else _parse_names(shapes),
+        MOTIONS if motions is None else _parse_names(motions),
+    )
     with leaving_at_once():
         from keyecli.forge.write import write_dataset
 
@@ -91,6 +110,10 @@ def forge(
             f"{written.folder}: {written.clips} clips, {written.questions} questions, "
             f"{written.duration_s:.1f} s of video"
         )
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _parse_size(text: str) -> tuple[int, int]:

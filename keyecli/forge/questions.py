@@ -6,15 +6,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from keyecli.forge.scene import COLOURS, MOTIONS, SHAPES, SPINNING_SHAPES, WORDS, Draws, Scene, Track
+from keyecli.forge.scene import COLOURS, SPINNING_SHAPES, WORDS, Draws, Scene, Track
 
 Spans = Sequence[tuple[float, float]]
 
 _ABSENT_GROUND = 0.087  # extra questions a present object: 8% of all ground questions have no answer
 _ABSENT_MOTION = 0.03  # extra questions an object and motion that does not occur
 _STATE_MARGIN = 6  # tenths of a second between an asked time and the object's nearest change
-_VERBS = {"left": "move left", "right": "move right", "up": "move up", "down": "move down", "spin": "spin"}
-_VERBS_3RD = {motion: verb.replace("move", "moves") for motion, verb in _VERBS.items()} | {"spin": "spins"}
+_VERBS = {
+    "left": "move left",
+    "right": "move right",
+    "up": "move up",
+    "down": "move down",
+    "spin": "spin",
+    "grow": "grow",
+}
+_VERBS_3RD = {motion: " ".join((f"{verb.split()[0]}s", *verb.split()[1:])) for motion, verb in _VERBS.items()}
 
 
 @dataclass(frozen=True)
@@ -99,14 +106,14 @@ def _absent_name(scene: Scene, rng: Draws) -> str:
         names = texts[0] if rng.chance(0.6) else texts[1]
         return rng.choice([name for name in names if name not in present])
     shapes = _shapes(scene)
-    near = [f"{track.colour} {shape}" for track in shapes for shape in SHAPES]
+    near = [f"{track.colour} {shape}" for track in shapes for shape in scene.shapes]
     near += [f"{colour} {track.shape}" for track in shapes for colour in COLOURS]
     return rng.choice([name for name in near if name not in present])
 
 
 def _ground_motion(scene: Scene, rng: Draws) -> Iterable[Question]:
     for track in _shapes(scene):
-        for motion in MOTIONS:
+        for motion in scene.motions:
             spans = track.motion_spans(motion)
             possible = motion != "spin" or track.shape in SPINNING_SHAPES
             if not spans and not (possible and rng.chance(_ABSENT_MOTION)):

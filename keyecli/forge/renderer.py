@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from keyecli.forge.font import CELL_COLUMNS, CELLS, GLYPH_ROWS, MAX_TEXT_LENGTH
-from keyecli.forge.scene import MAX_DISTRACTORS, SHAPES, Scene, SceneOptions, clip_seed, sample_scene
+from keyecli.forge.scene import MAX_DISTRACTORS, Scene, SceneOptions, clip_seed, sample_scene
 from keyecli.forge.states import (
     DRAWN_SHAPES,
     HIDDEN,
@@ -341,6 +341,19 @@ def _star(u: Tensor, v: Tensor) -> Tensor:
     return second - _STAR_INRADIUS
 
 
+_HEART_SIDE = 0.88  # from the middle of its square to a corner; the lobes reach 1.114
+_HEART_DROP = 0.22  # of the square's middle below the origin, so that point and lobes reach about equally far
+
+
+def _heart(u: Tensor, v: Tensor) -> Tensor:
+    # A square on its corner, and on each of its two upper sides the circle that has this side as its diameter.
+    u, v = torch.abs(u), v - _HEART_DROP
+    square = math.sqrt(0.5) * (u + torch.abs(v) - _HEART_SIDE)
+    across, down = u - _HEART_SIDE / 2, v + _HEART_SIDE / 2
+    lobe = torch.sqrt(across * across + down * down) - math.sqrt(0.5) * _HEART_SIDE
+    return torch.minimum(square, lobe)
+
+
 _DISTANCE_OF_SHAPE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": _circle,
     "square": _square,
@@ -350,10 +363,11 @@ _DISTANCE_OF_SHAPE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ring": _ring,
     "blob": _blob,
     "bar": _bar,
+    "heart": _heart,
 }
 _DISTANCES = [_DISTANCE_OF_SHAPE[shape] for shape in DRAWN_SHAPES]
-_SHAPE_CODES = range(len(SHAPES))
-_BLOB_CODES = range(len(SHAPES), len(DRAWN_SHAPES))
+_BLOB_CODES = [DRAWN_SHAPES.index(shape) for shape in ("blob", "bar")]
+_SHAPE_CODES = [code for code in range(len(DRAWN_SHAPES)) if code not in _BLOB_CODES]
 
 
 def _edge(distance: Tensor, radius_px: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 from keyecli.errors import UsageError
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+EXTRA_SHAPES = ("heart",)  # drawn only where `SceneOptions.shapes` names them: nothing was trained on them
 SPINNING_SHAPES = ("square", "triangle", "star", "cross")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (230, 35, 35),
@@ -30,6 +31,8 @@ WORDS = (
 )
 # fmt: on
 MOTIONS = ("left", "right", "up", "down", "spin")  # besides "still"
+EXTRA_MOTIONS = ("grow",)  # as EXTRA_SHAPES
+GROWTH = (0.6, 1.5)  # sizes at the beginning and the end of "grow", as shares of the object's own
 
 STEP_S = 0.5  # every boundary of every event lies on this grid
 MIN_SPAN_S = 1.5
@@ -119,13 +122,17 @@ class Draws:
 class SceneOptions:
     """What kind of clips to sample; durations in seconds, `size` is (width, height) in pixels, None draws one.
 
-    UsageError: durations that are not multiples of 0.5 from 2 up, a size or rate that is odd or out of range.
+    shapes, motions: what is drawn, all equally likely but for "spin"; of SHAPES and EXTRA_SHAPES, MOTIONS and EXTRA_MOTIONS.
+    UsageError: durations that are not multiples of 0.5 from 2 up, a size or rate that is odd or out of range, no shapes
+    or motions, unknown ones or one twice.
     """
 
     min_duration_s: float = 2.0
     max_duration_s: float = 60.0
     size: tuple[int, int] | None = None
     rate: int | None = None
+    shapes: tuple[str, ...] = SHAPES
+    motions: tuple[str, ...] = MOTIONS
 
     def __post_init__(self) -> None:
         for duration_s in (self.min_duration_s, self.max_duration_s):
@@ -146,14 +153,25 @@ class SceneOptions:
             raise UsageError(
                 f"a clip cannot have {self.rate} frames a second; give an even number from 4 to 60"
             )
+        _check_names("shape", self.shapes, (*SHAPES, *EXTRA_SHAPES))
+        _check_names("motion", self.motions, (*MOTIONS, *EXTRA_MOTIONS))
+
+
+def _check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"there is no {kind} {unknown[0]!r}; known are {', '.join(known)}")
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"give at least one {kind} and each only once; known are {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Appearance:
     """One visible span of a track, with what it does; in seconds, scene pixels, turns.
 
-    The object stands at (x, y) until motion_start_s, then moves evenly by (dx, dy) and turns by `turns` until
-    motion_end_s, then rests. A still object has motion "still" and zero-length motion at start_s.
+    The object stands at (x, y) until motion_start_s, then moves evenly by (dx, dy), turns by `turns` and changes its
+    size from `growth[0]` to `growth[1]` times the track's own until motion_end_s, then rests. A still object has motion
+    "still" and zero-length motion at start_s.
     """
 
     start_s: float
@@ -166,6 +184,7 @@ class Appearance:
     dx: float = 0.0
     dy: float = 0.0
     turns: float = 0.0
+    growth: tuple[float, float] = (1.0, 1.0)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -173,7 +192,7 @@ class Appearance:
 
     @property
     def motion_fills_span(self) -> bool:
-        """True when the object moves or spins during all the time it is visible."""
+        """True when the object moves, spins or grows during all the time it is visible."""
         return self.motion != "still" and (self.motion_start_s, self.motion_end_s) == self.span
 
 
@@ -197,7 +216,7 @@ class Track:
         return tuple(appearance.span for appearance in self.appearances)
 
     def motion_spans(self, motion: str) -> tuple[tuple[float, float], ...]:
-        """The spans of one kind of motion ("left", "right", "up", "down", "spin"), seconds, ascending."""
+        """The spans of one kind of motion ("left", "right", "up", "down", "spin", "grow"), seconds, ascending."""
         return tuple((a.motion_start_s, a.motion_end_s) for a in self.appearances if a.motion == motion)
 
     @property
@@ -246,7 +265,7 @@ class Scene:
     """A clip's complete description, and so the exact truth about it.
 
     An object is visible at t iff start <= t < end for one of its spans; a span that reaches duration_s also
-    holds t == duration_s, where the last frame stands.
+    holds t == duration_s, where the last frame stands. shapes, motions: what could have been drawn.
     """
 
     seed: int
@@ -257,6 +276,8 @@ class Scene:
     tracks: tuple[Track, ...]
     distractors: tuple[Distractor, ...]
     backdrop: Backdrop
+    shapes: tuple[str, ...] = SHAPES
+    motions: tuple[str, ...] = MOTIONS
 
     @property
     def frame_count(self) -> int:
@@ -289,11 +310,22 @@ def sample_scene(seed: int, options: SceneOptions | None = None) -> Scene:
     backdrop = _draw_backdrop(draws, width, height, shake_px)
     blobs = draws.integer(0, MAX_DISTRACTORS)
     distractors = tuple(_draw_distractor(draws, width, height) for _ in range(blobs))
-    tracks = _draw_tracks(draws, duration_s, width, height)
+    tracks = _draw_tracks(draws, duration_s, width, height, options)
     # Rare: the second object, or the one shape beside a large word, found no place.
     while len(tracks) < 2 or not any(track.shape for track in tracks):
-        tracks = _draw_tracks(draws, duration_s, width, height)
-    return Scene(seed, duration_s, options.rate or rate, width, height, tracks, distractors, backdrop)
+        tracks = _draw_tracks(draws, duration_s, width, height, options)
+    return Scene(
+        seed,
+        duration_s,
+        options.rate or rate,
+        width,
+        height,
+        tracks,
+        distractors,
+        backdrop,
+        options.shapes,
+        options.motions,
+    )
 
 
 def clip_seed(seed: int, index: int) -> int:
@@ -341,18 +373,22 @@ def _draw_distractor(draws: Draws, width: int, height: int) -> Distractor:
     return Distractor(shape, draws.integer(70, 125), radius, draws.uniform(0, 0.5), x, y, dx, dy)
 
 
-def _draw_tracks(draws: Draws, duration_s: float, width: int, height: int) -> tuple[Track, ...]:
+def _draw_tracks(
+    draws: Draws, duration_s: float, width: int, height: int, options: SceneOptions
+) -> tuple[Track, ...]:
     """Draw the named objects; one whose appearances find no free place is left out."""
     count = draws.weighted((2, 3, 4, 5), (0.25, 0.3, 0.25, 0.2))
     texts = [f"word {draws.choice(WORDS)}"] if draws.chance(0.35) else []
     if draws.chance(0.35):
         texts.append(f"number {draws.integer(0, 9)}")
-    kinds = draws.sample(range(len(COLOURS) * len(SHAPES)), max(count - len(texts), 1))
+    shapes = options.shapes
+    kinds = draws.sample(range(len(COLOURS) * len(shapes)), max(count - len(texts), 1))
     floor = _Floor(duration_s, width, height)
     tracks = [_draw_text(draws, floor, name) for name in texts]
     colours = list(COLOURS)
     tracks += [
-        _draw_shape(draws, floor, colours[kind // len(SHAPES)], SHAPES[kind % len(SHAPES)]) for kind in kinds
+        _draw_shape(draws, floor, colours[kind // len(shapes)], shapes[kind % len(shapes)], options.motions)
+        for kind in kinds
     ]
     return tuple(track for track in tracks if track is not None)
 
@@ -370,34 +406,37 @@ def _draw_text(draws: Draws, floor: _Floor, name: str) -> Track | None:
     return Track(name, draws.choice(TEXT_COLOURS), dot, appearances, text=text)
 
 
-def _draw_shape(draws: Draws, floor: _Floor, colour: str, shape: str) -> Track | None:
+def _draw_shape(draws: Draws, floor: _Floor, colour: str, shape: str, motions: Sequence[str]) -> Track | None:
     diameter = draws.uniform(0.18, 0.32) * min(floor.width, floor.height)
     spans = _draw_spans(draws, floor.duration_s)
-    can_spin = shape in SPINNING_SHAPES
+    possible = [motion for motion in motions if motion != "spin" or shape in SPINNING_SHAPES]
     if len(spans) == 1 and spans[0][1] - spans[0][0] >= 8 and draws.chance(0.3):
-        plans = [_draw_sub_motion(draws, spans[0], can_spin)]
+        plans = [_draw_sub_motion(draws, spans[0], possible)]
     else:
-        plans = [_Plan(span, _draw_motion(draws, can_spin, 0.55), span) for span in spans]
-    appearances = _place_all(draws, floor, _Body(0.0, 0.0, diameter / 2), plans, shape)
+        plans = [_Plan(span, _draw_motion(draws, possible, 0.55), span) for span in spans]
+    largest = GROWTH[1] if any(plan.motion == "grow" for plan in plans) else 1.0
+    appearances = _place_all(draws, floor, _Body(0.0, 0.0, largest * diameter / 2), plans, shape)
     if appearances is None:
         return None
     return Track(f"{colour} {shape}", colour, diameter, appearances, shape=shape)
 
 
-def _draw_motion(draws: Draws, can_spin: bool, still: float) -> str:
+def _draw_motion(draws: Draws, possible: Sequence[str], still: float) -> str:
+    """A motion, with probability `still` none; one that can spin does so in a third of the cases."""
     if draws.chance(still):
         return "still"
-    if can_spin and draws.chance(1 / 3):
+    others = [motion for motion in possible if motion != "spin"]
+    if "spin" in possible and (not others or draws.chance(1 / 3)):
         return "spin"
-    return draws.choice(MOTIONS[:4])
+    return draws.choice(others) if others else "still"
 
 
-def _draw_sub_motion(draws: Draws, span: tuple[int, int], can_spin: bool) -> _Plan:
+def _draw_sub_motion(draws: Draws, span: tuple[int, int], possible: Sequence[str]) -> _Plan:
     """A motion that fills only a part of the span, at rest before or after (or both)."""
     steps = span[1] - span[0]
     length = min(int(draws.log_uniform(3, max(4.0, 0.7 * steps + 1))), steps - 1)
     start = draws.integer(span[0], span[1] - length)
-    return _Plan(span, _draw_motion(draws, can_spin, 0.0), (start, start + length))
+    return _Plan(span, _draw_motion(draws, possible, 0.0), (start, start + length))
 
 
 def _draw_spans(draws: Draws, duration_s: float) -> list[tuple[int, int]]:
@@ -544,6 +583,7 @@ def _place(
         dx=float(travel[0]),
         dy=float(travel[1]),
         turns=_draw_turns(draws, shape, (last - first) * STEP_S) if plan.motion == "spin" else 0.0,
+        growth=GROWTH if plan.motion == "grow" else (1.0, 1.0),
     )
     return appearance, paths[:, index]
 

@@ -10,9 +10,18 @@ from typing import SupportsFloat
 import numpy as np
 
 from keyecli.forge.font import BLANK, MAX_TEXT_LENGTH, text_codes
-from keyecli.forge.scene import COLOURS, MAX_DISTRACTORS, MAX_TRACKS, SHAPES, WAVES, Appearance, Scene
+from keyecli.forge.scene import (
+    COLOURS,
+    EXTRA_SHAPES,
+    MAX_DISTRACTORS,
+    MAX_TRACKS,
+    SHAPES,
+    WAVES,
+    Appearance,
+    Scene,
+)
 
-DRAWN_SHAPES = (*SHAPES, "blob", "bar")
+DRAWN_SHAPES = (*SHAPES, "blob", "bar", *EXTRA_SHAPES)
 SHAPE_SLOTS = MAX_DISTRACTORS + MAX_TRACKS  # drawn in this order: distractors lie under the named shapes
 TEXT_SLOTS = 2  # one word and one number, over everything else
 HIDDEN = -1
@@ -102,7 +111,8 @@ def frame_state_arrays(scene: Scene, times_s: Sequence[SupportsFloat] | np.ndarr
                 shape_kind[rows, shape_slot] = DRAWN_SHAPES.index(track.shape)
                 shape_place[rows, shape_slot, 0] = x
                 shape_place[rows, shape_slot, 1] = y
-                shape_place[rows, shape_slot, 2] = track.size_px / 2
+                first, last = appearance.growth
+                shape_place[rows, shape_slot, 2] = track.size_px / 2 * (first + (last - first) * progress)
                 # A finished spin ends on a symmetry of the shape: upright, without rounding.
                 shape_place[rows, shape_slot, 3] = np.where(progress < 1.0, appearance.turns * progress, 0.0)
                 shape_colour[rows, shape_slot] = COLOURS[track.colour]

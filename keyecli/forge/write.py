@@ -76,7 +76,9 @@ def write_dataset(
                 draws = Draws((scene.seed, 1))
                 picked = pick_questions(scene, draws, questions_per_clip, tasks)
                 for place, question in enumerate(picked):
-                    row = _row(scene, question, f"{index:06d}-{place}", path.relative_to(folder).as_posix())
+                    row = training_row(
+                        scene, question, f"{index:06d}-{place}", path.relative_to(folder).as_posix()
+                    )
                     data.write(json.dumps(row) + "\n")
                 rows += len(picked)
                 frames += scene.frame_count
@@ -105,7 +107,7 @@ def _pictures(scene: Scene) -> Iterator[np.ndarray]:
         yield from render(states, scene.height, scene.width).numpy()
 
 
-def _row(scene: Scene, question: Question, name: str, clip: str) -> dict[str, Any]:
+def training_row(scene: Scene, question: Question, name: str, clip: str) -> dict[str, Any]:
     reply = f"<think>\n{question.reasoning}\n</think>\n\n{question.answer}"
     return {
         "id": name,

@@ -43,6 +43,16 @@ GREEN_STAR = Track(
     (Appearance(2.5, 4.5, 125.0, 90.0, "spin", 2.5, 4.5, turns=-0.4),),
     shape="star",
 )
+RED_HEART = Track(
+    "red heart",
+    "red",
+    30.0,
+    (
+        Appearance(0.5, 2.5, 40.0, 80.0, "grow", 0.5, 2.5, growth=(0.6, 1.5)),
+        Appearance(4.0, 5.5, 40.0, 80.0),
+    ),
+    shape="heart",
+)
 WORD_GATE = Track("word GATE", "white", 3.0, (Appearance(3.0, 5.0, 75.0, 70.0),), text="GATE")
 
 
@@ -50,6 +60,12 @@ def hand_scene() -> Scene:
     """Six seconds, 12 frames a second, 160x120: a circle twice, a square that moves, a star that spins, a word."""
     tracks = (RED_CIRCLE, BLUE_SQUARE, GREEN_STAR, WORD_GATE)
     return Scene(0, 6.0, 12, 160, 120, tracks, (), plain_backdrop())
+
+
+def heart_scene() -> Scene:
+    """The same six seconds with a heart, which grows the first time it is there, and the star."""
+    tracks = (RED_HEART, GREEN_STAR)
+    return Scene(0, 6.0, 12, 160, 120, tracks, (), plain_backdrop(), ("heart", "star"), ("grow", "spin"))
 
 
 def without(scene: Scene, track: Track) -> Scene:

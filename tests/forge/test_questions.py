@@ -8,10 +8,24 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from keyecli.forge import TASKS, Draws, Question, Scene, Track, pick_questions, questions, sample_scene
-from tests.forge.scenes import hand_scene, is_visible
+from keyecli.forge import (
+    TASKS,
+    Draws,
+    Question,
+    Scene,
+    SceneOptions,
+    Track,
+    pick_questions,
+    questions,
+    sample_scene,
+)
+from tests.forge.scenes import hand_scene, heart_scene, is_visible
 
 BY_SEED = {seed: sample_scene(seed) for seed in range(200)}
+EXTRA_BY_SEED = {
+    seed: sample_scene(seed, SceneOptions(2.0, 20.0, shapes=("heart", "star"), motions=("grow", "spin")))
+    for seed in range(100)
+}
 
 
 def asked(scene: Scene, rounds: int = 30) -> dict[str, dict[str, Question]]:
@@ -115,6 +129,40 @@ def test_by_hand(task: str, text: str, reasoning: str, answer: str, solution: li
     assert HAND[task][text] == Question(task, text, reasoning, answer, solution)
 
 
+HEART = asked(heart_scene(), rounds=1500)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("shape", "Which shape is red?", "heart"),
+        ("colour", "What colour is the heart?", "red"),
+        ("motion", "What does the red heart do?", "it grows"),
+        ("ground", "Find every time the red heart is on screen.", "[[0.5, 2.5], [4.0, 5.5]]"),
+        ("ground", "When is the green heart visible?", "[]"),
+        ("ground_motion", "Find every time the red heart grows.", "[[0.5, 2.5]]"),
+        ("ground_motion", "When does the red heart grow?", "[[0.5, 2.5]]"),
+        ("ground_motion", "When does the green star grow?", "[]"),
+        ("ground_motion", "Find every time the green star spins.", "[[2.5, 4.5]]"),
+        ("appear", "When does the red heart appear?", "The red heart appears at 0.5 and 4.0 seconds."),
+        (
+            "summary",
+            "Summarise the video with times.",
+            "0.5 - 2.5: red heart grows\n2.5 - 4.5: green star spins\n4.0 - 5.5: red heart",
+        ),
+    ],
+)
+def test_a_heart_that_grows_by_hand(task: str, text: str, answer: str) -> None:
+    assert HEART[task][text].answer == answer
+
+
+def test_only_what_a_scene_could_show_is_asked_about() -> None:
+    of_hearts = {text for task in ("ground", "ground_motion") for text in HEART[task]}
+    assert not [text for text in of_hearts if re.search("circle|square|left|up|heart spin", text)]
+    of_default = {text for task in ("ground", "ground_motion") for text in HAND[task]}
+    assert not [text for text in of_default if re.search("heart|grow", text)]
+
+
 def test_nothing_is_asked_that_is_not_clear() -> None:
     # Half a second together is neither yes nor no, and less than a second apart is no order.
     pairs = [text for text in HAND["cooccurrence"] if "red circle" in text and "green star" in text]
@@ -178,13 +226,14 @@ def expected(scene: Scene, question: Question) -> str:
         assert len(found) == 1
         return found.pop()
     if task == "ground_motion":
-        motion = re.findall(r"(left|right|up|down|spin)s?[?.]", text)[0]
+        motion = re.findall(r"(left|right|up|down|spin|grow)s?[?.]", text)[0]
         return json.dumps([list(span) for span in named[0].motion_spans(motion)])
     if task == "motion":
-        words = {"left": "moves left", "right": "moves right", "up": "moves up", "down": "moves down"}
+        words = {"spin": "spins", "grow": "grows"}
+        words |= {"left": "moves left", "right": "moves right", "up": "moves up", "down": "moves down"}
         kinds = {a.motion for a in named[0].appearances} - {"still"}
         assert len(kinds) < 2
-        return "it stays still" if not kinds else f"it {words.get(*kinds, 'spins')}"
+        return "it stays still" if not kinds else f"it {words[kinds.pop()]}"
     if task.startswith("read_"):
         kind = task.removeprefix("read_")
         return next(track.text for track in scene.tracks if track.name.startswith(kind))
@@ -199,14 +248,14 @@ def expected(scene: Scene, question: Question) -> str:
 
 def test_answers_agree_with_brute_force_over_200_seeds() -> None:
     tasks: Counter[str] = Counter()
-    for seed, scene in BY_SEED.items():
+    for seed, scene in [*BY_SEED.items(), *EXTRA_BY_SEED.items()]:
         found = questions(scene, Draws((seed, 1)))
         assert len(found) >= 8
         for question in found:
             tasks[question.task] += 1
             answer = question.answer
             if question.task == "summary":  # motions are checked by hand and by ground_motion
-                answer = re.sub(r" (moves \w+|spins)$", "", answer, flags=re.MULTILINE)
+                answer = re.sub(r" (moves \w+|spins|grows)$", "", answer, flags=re.MULTILINE)
             assert answer == expected(scene, question), (seed, question)
             if question.task in ("ground", "ground_motion"):
                 assert json.loads(question.answer) == question.solution

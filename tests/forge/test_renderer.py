@@ -26,13 +26,15 @@ from keyecli.forge import (
 )
 from keyecli.forge.font import CELLS, CHARACTERS
 from keyecli.forge.renderer import Bank
-from keyecli.forge.scene import COLOURS, SHAPES, SceneOptions
+from keyecli.forge.scene import COLOURS, EXTRA_SHAPES, SHAPES, SceneOptions
 from tests.forge.scenes import (
     BLUE_SQUARE,
     GREEN_STAR,
     RED_CIRCLE,
+    RED_HEART,
     WORD_GATE,
     hand_scene,
+    heart_scene,
     is_visible,
     plain_backdrop,
     without,
@@ -127,6 +129,11 @@ def reference_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     elif shape == "star":
         reach = 0.36 / math.cos(math.radians(72))
         corners = [(reach * math.sin(a), -reach * math.cos(a)) for a in np.arange(5) * 4 * math.pi / 5]
+    elif shape == "heart":
+        # From the point up to the right corner, around the right lobe to the notch, and the mirror image back.
+        angles = np.radians(np.linspace(45, -135, 200))
+        lobe = [(0.44 + 0.6223 * math.cos(a), -0.22 + 0.6223 * math.sin(a)) for a in angles]
+        corners = [(0.0, 1.1), *lobe, *[(-x, y) for x, y in reversed(lobe)]]
     else:
         arm = [(0.33, -1), (0.33, -0.33), (1, -0.33)]
         corners = [(x, y) for x, y in arm]
@@ -143,7 +150,7 @@ def reference_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("turns", [0.0, 0.07])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *EXTRA_SHAPES])
 @pytest.mark.parametrize(("height", "width"), [(120, 160), (84, 112), (84, 140)])
 def test_shapes_match_a_supersampled_reference(shape: str, turns: float, height: int, width: int) -> None:
     if shape in ("circle", "ring"):
@@ -191,6 +198,18 @@ def test_a_spin_turns_the_shape_and_ends_upright() -> None:
     changes = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3))
     assert (changes > 100).tolist() == [False, False, True, True, True, True, False]
     assert (frames[-1] == frames[0]).all()
+
+
+def test_what_grows_takes_more_and_more_room_and_stays_where_it_is() -> None:
+    scene = heart_scene()
+    area = footprint(scene, RED_HEART, [0.5, 1.0, 1.5, 2.0, 2.4375, 4.0, 5.0]).sum(axis=(1, 2))
+    assert (np.diff(area[:5]) > 30).all()
+    # Areas go with the square of 0.6 → 1.47 (just before the end), and of 1 when it does not grow.
+    assert area[4] / area[0] == pytest.approx((1.472 / 0.6) ** 2, rel=0.1)
+    assert area[5] / area[0] == pytest.approx((1 / 0.6) ** 2, rel=0.1)
+    assert area[5] == area[6]
+    places = frame_states(scene, [0.5, 1.5, 2.4]).shape_place[:, 3, :2]
+    assert (places == torch.tensor([40.0, 80.0])).all()
 
 
 def test_still_objects_stand_still() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 from itertools import combinations, pairwise
@@ -11,10 +12,26 @@ import pytest
 
 from keyecli.errors import UsageError
 from keyecli.forge import SceneOptions, clip_seed, frame_state_arrays, sample_scene
-from keyecli.forge.scene import COLOURS, MAX_SHAKE, RATES, SHAPES, SIZES, SPINNING_SHAPES, WORDS
+from keyecli.forge.scene import (
+    COLOURS,
+    EXTRA_MOTIONS,
+    EXTRA_SHAPES,
+    GROWTH,
+    MAX_SHAKE,
+    MOTIONS,
+    RATES,
+    SHAPES,
+    SIZES,
+    SPINNING_SHAPES,
+    WORDS,
+)
 from tests.forge.scenes import is_visible
 
 SCENES = [sample_scene(seed) for seed in range(300)]
+EXTRA_OPTIONS = SceneOptions(
+    2.0, 20.0, shapes=(*EXTRA_SHAPES, "star", "ring"), motions=(*EXTRA_MOTIONS, "up", "spin")
+)
+EXTRA_SCENES = [sample_scene(seed, EXTRA_OPTIONS) for seed in range(150)]
 
 
 def test_a_seed_gives_one_scene() -> None:
@@ -44,11 +61,66 @@ def test_options_are_kept() -> None:
         ({"size": (32, 32)}, "64 to 1024"),
         ({"rate": 15}, "15 frames a second"),
         ({"rate": 0}, "even number"),
+        ({"shapes": ("heart", "rhombus")}, "there is no shape 'rhombus'; known are circle, .*, ring, heart"),
+        ({"motions": ("shrink",)}, "there is no motion 'shrink'; known are left, .*, spin, grow"),
+        ({"shapes": ()}, "at least one shape"),
+        ({"motions": ("left", "grow", "left")}, "each only once"),
     ],
 )
 def test_impossible_options_are_refused(arguments: dict, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         SceneOptions(**arguments)
+
+
+def test_what_is_drawn_without_options_stays() -> None:
+    # nano's training, and every published seed, rest on it: more shapes and motions must not move a single draw.
+    told = repr([(t.name, t.spans, t.motions) for scene in SCENES for t in scene.tracks])
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "fd0163c398483792"
+    assert not {t.shape for scene in SCENES for t in scene.tracks} & set(EXTRA_SHAPES)
+    assert not {m for scene in SCENES for t in scene.tracks for m in t.motions} & set(EXTRA_MOTIONS)
+    assert sample_scene(5, SceneOptions(shapes=SHAPES, motions=MOTIONS)).tracks == sample_scene(5).tracks
+
+
+def test_chosen_shapes_and_motions_are_drawn_and_no_others() -> None:
+    tracks = [track for scene in EXTRA_SCENES for track in scene.tracks if track.shape]
+    assert {track.shape for track in tracks} == {"heart", "star", "ring"}
+    assert {motion for track in tracks for motion in track.motions} == {"grow", "up", "spin"}
+    assert {track.shape for track in tracks if "spin" in track.motions} == {"star"}
+    only_spin = [sample_scene(seed, SceneOptions(shapes=("heart",), motions=("spin",))) for seed in range(20)]
+    assert not any(track.motions for scene in only_spin for track in scene.tracks)
+
+
+def test_what_grows_does_so_in_its_span_inside_the_frame_and_apart_from_others() -> None:
+    grown = 0
+    for scene in EXTRA_SCENES:
+        times = np.arange(0, scene.duration_s + 0.25, 0.5)
+        places = frame_state_arrays(scene, times).shape_place[:, 3:]
+        shapes = [track for track in scene.tracks if track.shape]
+        for slot, track in enumerate(shapes):
+            for appearance in track.appearances:
+                grows = appearance.motion == "grow"
+                assert appearance.growth == (GROWTH if grows else (1.0, 1.0))
+                shown = (times >= appearance.start_s) & (times < appearance.end_s)
+                radii = places[shown, slot, 2] / (track.size_px / 2)
+                if not grows:
+                    assert radii == pytest.approx(1.0)
+                    continue
+                grown += 1
+                first, last = appearance.motion_start_s, appearance.motion_end_s
+                expected = np.interp(times[shown], [first, last], GROWTH)
+                assert radii == pytest.approx(expected, rel=1e-5)
+                x, y, radius = places[shown, slot, :3].T
+                assert (np.minimum(x, y) - radius > -1.0).all()
+                assert (x + radius < scene.width + 1.0).all()
+                assert (y + radius < scene.height + 1.0).all()
+        for first_slot, second_slot in combinations(range(len(shapes)), 2):
+            pair = shapes[first_slot], shapes[second_slot]
+            both = np.array(
+                [all(is_visible(track, time, scene.duration_s) for track in pair) for time in times]
+            )
+            a, b = places[both, first_slot], places[both, second_slot]
+            assert (np.hypot(*(a - b)[:, :2].T) >= a[:, 2] + b[:, 2]).all()
+    assert grown > 50
 
 
 def test_frames_stand_on_the_clock() -> None:

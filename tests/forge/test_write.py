@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -193,6 +194,19 @@ def test_the_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {row["task"] for row in rows} == {"ground", "count_objects"}
 
 
+def test_the_command_draws_other_shapes_and_motions(tmp_path: Path) -> None:
+    flags = ["--shapes", "heart, ring", "--motions", "grow,left", "--tasks", "shape,motion", *SHORT_FLAGS]
+    assert run(["forge", str(tmp_path / "out"), "-n", "6", *flags]) == 0
+    expected = tmp_path / "expected"
+    options = replace(SHORT, shapes=("heart", "ring"), motions=("grow", "left"))
+    write_dataset(expected, 6, 0, options, tasks=("shape", "motion"))
+    assert (tmp_path / "out" / "data.jsonl").read_bytes() == (expected / "data.jsonl").read_bytes()
+    answers = {row["answer"] for row in read_rows(expected)}
+    assert (
+        {"heart", "it grows"} <= answers <= {"heart", "ring", "it grows", "it moves left", "it stays still"}
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -202,6 +216,8 @@ def test_the_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--min-duration", "9", "--max-duration", "3"], "above the longest"),
         (["--count", "0"], "--count must be from 1"),
         (["--rate", "7"], "even number"),
+        (["--shapes", "heart,blob"], "there is no shape 'blob'; known are circle, "),
+        (["--motions", "grow,dance"], "there is no motion 'dance'; known are left, "),
     ],
 )
 def test_wrong_usage_is_code_2(
