@@ -33,6 +33,16 @@ from keyecli.model.quantize import Quantization
 from keyecli.model.vision import GROUP_PATCHES, Projector, VisionTower
 from keyecli.training.distributed import BUCKET_BYTES
 from keyecli.training.network import Trained, is_trained, trained
+from keyecli.training.speed import device_rate, estimate_seconds
+
+__all__ = [
+    "TrainingEstimate",
+    "adapter_parameters",
+    "device_rate",
+    "estimate_seconds",
+    "estimate_training",
+    "parameter_groups",
+]
 
 DEFAULT_TARGETS = ("attention", "experts")
 # Of AdamW's two moments: bytes a parameter. Those of 8 bits have a scale for every 256 values; paged ones may be in host memory.
@@ -219,7 +229,7 @@ def estimate_training(
     """What one device holds while it trains, with `config` saying whether the base is quantised.
 
     train: as `--train` lists it; dtype: fp32, bf16 or fp16; world: devices, each with a whole model or, `sharded`, a part of its
-    decoder; patches_per_row: of a row's frames together, None: as many as a pack has room for; accumulates: a device computes
+    decoder; patches_per_row: of a row's frames together, None: as many as a pack can hold; accumulates: a device computes
     several packs a step, for which FSDP keeps whole gradients. UsageError for what cannot be trained.
     """
     if optimizer not in OPTIMIZER_BYTES:
@@ -437,24 +447,24 @@ def _loss_bytes(case: TrainingCase) -> int:
     return logits + head
 
 
-def _patches(case: TrainingCase) -> int:
-    """Of the frames of a pack."""
-    most = case.pack_tokens * merge_area(case.config)
-    return most if case.patches_per_row is None else min(case.patches_per_row, most)
-
-
 def _vision_bytes(case: TrainingCase) -> int:
     """One group of frames in the tower; with gradients where it learns."""
-    patches = min(_patches(case), GROUP_PATCHES)
+    of_row = case.patches_per_row
+    patches = min(_most_patches(case) if of_row is None else of_row, _most_patches(case), GROUP_PATCHES)
     if patches == 0:
         return 0
     return encode_workspace_bytes(case.config, patches, case.width) * (2 if case.what.sees else 1)
 
 
+def _most_patches(case: TrainingCase) -> int:
+    """Of a pack that is all frames."""
+    return case.pack_tokens * merge_area(case.config)
+
+
 def _patches_bytes(case: TrainingCase) -> int:
     """What is kept of the patches of a pack where the projector or the tower learns: pixels; of the projector its input, what is
     normalised, the layer between and its activation; of the tower each layer's input, or everything."""
-    if not case.what.sees:
+    if not case.what.sees or case.patches_per_row == 0:
         return 0
     vision = case.config.vision_config
     width = vision.hidden_size
@@ -462,7 +472,7 @@ def _patches_bytes(case: TrainingCase) -> int:
     if "vision" in case.what.extras:
         layer = 10 * width + 2 * vision.intermediate_size
         kept += vision.num_hidden_layers * (width if case.checkpointing else layer) + layer
-    return _patches(case) * kept * case.width
+    return _most_patches(case) * kept * case.width
 
 
 def _update_bytes(case: TrainingCase, base: int) -> int:

@@ -133,6 +133,12 @@ def test_a_step_holds_what_tensors_of_its_shapes_hold(large: KeyeVL2Config) -> N
     assert found.loss_bytes == 2048 * 151936 * 12 + 151936 * width * 2
     assert found.vision_bytes == 0
     assert estimated(large, "indexer").loss_bytes == 0
+    # One row's frames are encoded at a time; those of a whole pack are kept where they are learnt from, pixels and all.
+    frozen = [estimated(large, "full", patches_per_row=patches) for patches in (1000, 4000)]
+    assert 4 * frozen[0].vision_bytes == pytest.approx(frozen[1].vision_bytes, rel=0.01)
+    assert frozen[0].activations_bytes == frozen[1].activations_bytes
+    seeing = estimated(large, "full", "vision", patches_per_row=1000)
+    assert seeing.activations_bytes - frozen[0].activations_bytes > 4 * 32768 * (27 * 1152 + 3 * 14**2) * 2
 
 
 def test_more_of_everything_takes_more(large: KeyeVL2Config) -> None:
