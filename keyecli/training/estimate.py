@@ -451,9 +451,8 @@ def _vision_bytes(case: TrainingCase) -> int:
     """One group of frames in the tower; with gradients where it learns."""
     of_row = case.patches_per_row
     patches = min(_most_patches(case) if of_row is None else of_row, _most_patches(case), GROUP_PATCHES)
-    if patches == 0:
-        return 0
-    return encode_workspace_bytes(case.config, patches, case.width) * (2 if case.what.sees else 1)
+    each = encode_workspace_bytes(case.config, 1, case.width) // GROUP_PATCHES
+    return patches * each * (2 if case.what.sees else 1)
 
 
 def _most_patches(case: TrainingCase) -> int:
