@@ -129,6 +129,10 @@ def cases(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator
     few, few_indices = q[:, -NEW_TOKENS:], indices[:, -NEW_TOKENS:].contiguous()
     yield Case("attended", lambda backend: (dispatch.attended(few, k, v, few_indices, backend),))
 
+    k8, v8 = (reference.stored(rows, torch.float8_e4m3fn) for rows in (k, v))
+    yield Case("attend_indices kv fp8", lambda backend: dispatch.attend_indices(q, k8, v8, indices, backend))
+    yield Case("attended kv fp8", lambda backend: (dispatch.attended(few, k8, v8, few_indices, backend),))
+
     one, two, three = (randn(2, PATCHES, VISION_HEADS, VISION_DIM) for _ in range(3))
     yield Case(
         "frame_attention", lambda backend: (dispatch.frame_attention(one, two, three, backend=backend),)

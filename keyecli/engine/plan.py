@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from keyecli.errors import MemoryLimitError, UsageError
@@ -49,6 +50,7 @@ MASKED_COPIES = 3
 # The larger of what the Triton kernels allow themselves: scores of a selection, or bitmaps and lists of the attention.
 KERNEL_WORKSPACE_BYTES = 2**30
 NOTHING_HELPS = "no sampling setting makes it fit; use a smaller model, a shorter question or a larger device"
+FP8_HELPS = "use --kv fp8, which keeps keys and values in 8 bits"
 OFFLOAD_HELPS = "use --offload experts, which keeps the experts in this machine's memory"
 GIB = 2**30
 
@@ -127,12 +129,13 @@ class DevicePart:
 @dataclass(frozen=True)
 class DeviceShare:
     """What one device will hold. `free_bytes` is what it has left (None: unknown), `movable_bytes` what --offload experts would
-    take from it."""
+    take from it, `shrinkable_bytes` what --kv fp8 would."""
 
     device: str
     memory: MemoryEstimate
     free_bytes: int | None
     movable_bytes: int = 0
+    shrinkable_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -275,9 +278,13 @@ class RunPlan:
         fixed = needed - memory.cache_bytes
         per_token = memory.cache_bytes / self.total_tokens
         way = self._way_out(int((free - fixed) / per_token) - self.max_tokens)
-        if needed - free <= share.movable_bytes:
-            way = OFFLOAD_HELPS if way == NOTHING_HELPS else f"{way}, or {OFFLOAD_HELPS}"
-        raise MemoryLimitError(need + way)
+        others = [
+            (share.shrinkable_bytes, FP8_HELPS),
+            (share.movable_bytes, OFFLOAD_HELPS),
+        ]
+        ways = [] if way == NOTHING_HELPS else [way]
+        ways += [other for saved, other in others if needed - free <= saved]
+        raise MemoryLimitError(need + (", or ".join(ways) or NOTHING_HELPS))
 
     def _way_out(self, prompt_room: int) -> str:
         """Which flags bring the prompt down to `prompt_room` tokens, or that none does."""
@@ -348,23 +355,20 @@ def plan_run(
     whole = DevicePart(device, config.num_hidden_layers, first=True, last=True)
     shares = []
     for part, free in parts or [(whole, free_bytes)]:
-        memory, offloaded = (
-            estimate_memory(
-                config,
-                prompt_tokens + answer,
-                frame_tokens,
-                dtype=dtype,
-                device=part.device,
-                kernels=kernels,
-                kv=kv,
-                offload=way,
-                part=part,
-            )
-            for way in (offload, "experts" if device.startswith("cuda") else None)
+        estimate = partial(
+            estimate_memory,
+            config,
+            prompt_tokens + answer,
+            frame_tokens,
+            dtype=dtype,
+            device=part.device,
+            kernels=kernels,
+            part=part,
         )
-        shares.append(
-            DeviceShare(part.device, memory, free, max(0, memory.total_bytes - offloaded.total_bytes))
-        )
+        memory, shrunk = estimate(kv=kv, offload=offload), estimate(kv="fp8", offload=offload)
+        offloaded = estimate(kv=kv, offload="experts" if device.startswith("cuda") else None)
+        saved = (max(0, memory.total_bytes - other.total_bytes) for other in (offloaded, shrunk))
+        shares.append(DeviceShare(part.device, memory, free, *saved))
     return RunPlan(
         model=model,
         dtype=dtype,

@@ -293,6 +293,24 @@ def test_offloading_is_named_where_it_helps(official: KeyeVL2Config) -> None:
     assert "--offload" not in str(refusal.value)
 
 
+def test_fp8_keys_and_values_are_named_where_they_help(official: KeyeVL2Config) -> None:
+    inputs = [planned("a.mp4", 720, 16, 16)]
+    need = run_plan(official, inputs).memory
+    saved = need.cache_bytes - run_plan(official, inputs, kv="fp8").memory.cache_bytes
+    with pytest.raises(
+        MemoryLimitError, match=r"--max-tokens-video \d+, or use --kv fp8, which keeps .* or use --offload"
+    ):
+        run_plan(official, inputs, free_bytes=need.total_bytes - saved).check()
+    run_plan(official, inputs, free_bytes=need.total_bytes - saved, kv="fp8").check()
+    for changes in (
+        {"free_bytes": need.total_bytes - saved - 1},
+        {"free_bytes": need.loaded_bytes, "kv": "fp8"},
+    ):
+        with pytest.raises(MemoryLimitError) as refusal:
+            run_plan(official, inputs, **changes).check()
+        assert "--kv" not in str(refusal.value)
+
+
 def test_a_host_that_is_too_small_for_the_experts(official: KeyeVL2Config) -> None:
     plan = run_plan(official, [planned("a.mp4", 20)], offload="experts", host_free_bytes=32 * GIB)
     with pytest.raises(
