@@ -26,6 +26,7 @@ INDEX_HEADS, INDEX_DIM, TOP_K = 16, 64, 128
 WIDTH, EXPERT_WIDTH, EXPERTS, EXPERTS_PER_TOKEN = 2048, 768, 16, 8
 VISION_HEADS, VISION_DIM, PATCHES = 16, 72, 64
 KEYS, QUERIES, NEW_TOKENS = 512, 256, 4
+RANK = 16  # of an adapter
 GROUP = 64  # inputs that share a scale
 EPS = 1e-6
 # ‖kernel − definition‖ / ‖definition‖ that 16-bit rounding explains; selections and routes must be the same.
@@ -165,6 +166,19 @@ def cases(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator
     square = randn(WIDTH, WIDTH, scale=WIDTH**-0.5)
     yield Case("linear", lambda backend: (dispatch.linear(x[new], square, backend=backend),))
 
+    factors = [
+        (randn(EXPERTS, inputs, RANK, scale=inputs**-0.5), randn(EXPERTS, RANK, outputs, scale=RANK**-0.5))
+        for inputs, outputs in ((WIDTH, 2 * EXPERT_WIDTH), (EXPERT_WIDTH, WIDTH))
+    ]
+    yield Case(
+        "lora_experts",
+        lambda backend: (
+            dispatch.lora_experts(
+                x, logits, EXPERTS_PER_TOKEN, True, gate_up, down, factors[0], factors[1], 0.5, backend
+            ),
+        ),
+    )
+
     yield from _quantised_cases(x[new], logits[new], square, gate_up, down)
 
     residual, delta, norm = randn(NEW_TOKENS, WIDTH), randn(NEW_TOKENS, WIDTH), 1 + randn(WIDTH, scale=0.1)
@@ -202,7 +216,11 @@ def _quantised_cases(
         ) -> Outputs:
             return (dispatch.quantized_experts(x, logits, EXPERTS_PER_TOKEN, True, one, two, backend),)
 
+        def read_back(backend: Backend, matrix: QuantizedMatrix = gate_up_matrix) -> Outputs:
+            return (dispatch.read_back(matrix, x.dtype, backend),)
+
         yield Case(f"quantized_linear {method}", linear)
+        yield Case(f"read_back {method}", read_back)
         yield Case(f"quantized_experts {method}", experts)
 
 
