@@ -108,7 +108,7 @@ class LoraExperts(nn.Module):
         first, second = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
         return None if first is None else (first, second)
 
-    def routed(
+    def forward(
         self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
     ) -> Tensor:
         """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""

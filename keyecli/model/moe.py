@@ -32,7 +32,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, width, config.hidden_size))
         self.host: HostExperts | None = None
 
-    def routed(
+    def forward(
         self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
     ) -> Tensor:
         """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""
@@ -63,7 +63,7 @@ class SparseMoE(nn.Module):
 
     def routed(self, x: Tensor, logits: Tensor) -> Tensor:
         """x [T, D] through the experts that its router logits [T, E] choose → [T, D]."""
-        return self.experts.routed(x, logits, self.top_k, self.normalise, self.backend)
+        return self.experts(x, logits, self.top_k, self.normalise, self.backend)
 
 
 class DenseMLP(nn.Module):

@@ -146,7 +146,7 @@ class QuantizedExperts(nn.Module):
         self.down_proj = Quantized(quantization, experts, width, inner)
         self.host: HostExperts | None = None
 
-    def routed(
+    def forward(
         self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
     ) -> Tensor:
         """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""

@@ -156,11 +156,19 @@ def weights_revision(folder: Path | str) -> str:
     folder = Path(folder).resolve()
     if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name[:REVISION_CHARACTERS]
+    return content_name(sorted({entry.shard for entry in read_entries(folder).values()}))
+
+
+def content_name(files: Sequence[Path]) -> str:
+    """A short stable name for what some files hold; of a safetensors file, its header and samples of its data."""
     digest = hashlib.sha256()
-    for shard in sorted({entry.shard for entry in read_entries(folder).values()}):
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}\0{size}\0".encode())
-        with shard.open("rb") as file:
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if path.suffix != ".safetensors":
+                digest.update(file.read())
+                continue
             header_end = HEADER_LENGTH_BYTES + struct.unpack("<Q", file.read(HEADER_LENGTH_BYTES))[0]
             file.seek(0)
             digest.update(file.read(header_end))
