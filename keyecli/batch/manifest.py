@@ -21,7 +21,6 @@ from keyecli.batch.ledger import Ledger
 from keyecli.engine.loaded import ModelFiles
 from keyecli.errors import KeyeError, UsageError
 from keyecli.model.checkpoint import read_entries, weights_revision
-from keyecli.model.quantize import quantization_in
 
 SCHEMA = "keye.manifest/1"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "av", "numpy", "pillow")
@@ -51,7 +50,6 @@ def write_manifest(
     revision: the hub's, if one was asked for. workers: the machines on which workers answered, each kind once. The
     weights are read whole for their hash. KeyeError when the disk does not take the file.
     """
-    quantization = quantization_in(files.config, files.folder)
     head = {
         "schema": SCHEMA,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,7 +67,7 @@ def write_manifest(
         "device": files.devices,
         "dtype": files.dtype,
         "kernels": files.kernels,
-        "quant": None if quantization is None else quantization.method,
+        "quant": files.quant,
         "kv": files.kv,
         "options": dict(defaults),
     }

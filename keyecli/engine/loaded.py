@@ -86,6 +86,12 @@ class ModelFiles:
         return ",".join(part.device for part in self.parts) or self.device
 
     @property
+    def quant(self) -> str | None:
+        """int4, int8 or fp8 where the weights are quantised, by the folder or on the way."""
+        quantization = quantization_in(self.config, self.folder)
+        return None if quantization is None else quantization.method
+
+    @property
     def is_nano(self) -> bool:
         """True for the embedded default model, which knows synthetic clips only."""
         return self.name == NANO_NAME

@@ -109,6 +109,8 @@ class Answer:
     keye_version: str
     device: str
     dtype: str
+    quant: str | None
+    kv: str | None
     seed: int
     answers: tuple[Sample, ...]
 
@@ -133,6 +135,8 @@ class Answer:
             "keye_version": self.keye_version,
             "device": self.device,
             "dtype": self.dtype,
+            "quant": self.quant,
+            "kv": self.kv,
             "seed": self.seed,
             "answers": [asdict(sample) for sample in self.answers],
         }
@@ -294,6 +298,8 @@ def answer_of(
         keye_version=__version__,
         device=loaded.devices,
         dtype=loaded.dtype,
+        quant=loaded.quant,
+        kv=loaded.kv,
         seed=first.seed,
         answers=tuple(samples),
     )

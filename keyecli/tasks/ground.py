@@ -98,6 +98,8 @@ class Grounding(Sequence[Span]):
     keye_version: str
     device: str
     dtype: str
+    quant: str | None
+    kv: str | None
     seed: int
     info: VideoInfo = field(repr=False, compare=False)
 
@@ -138,6 +140,8 @@ class Grounding(Sequence[Span]):
             "keye_version": self.keye_version,
             "device": self.device,
             "dtype": self.dtype,
+            "quant": self.quant,
+            "kv": self.kv,
             "seed": self.seed,
         }
 
@@ -296,6 +300,8 @@ def _grounding(
         keye_version=__version__,
         device=loaded.devices,
         dtype=loaded.dtype,
+        quant=loaded.quant,
+        kv=loaded.kv,
         seed=generation.seed,
         info=plan.info,
     )

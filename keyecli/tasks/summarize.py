@@ -140,6 +140,8 @@ class Summary:
     keye_version: str
     device: str
     dtype: str
+    quant: str | None
+    kv: str | None
     seed: int
     info: VideoInfo = field(repr=False, compare=False)
 
@@ -169,6 +171,8 @@ class Summary:
             "keye_version": self.keye_version,
             "device": self.device,
             "dtype": self.dtype,
+            "quant": self.quant,
+            "kv": self.kv,
             "seed": self.seed,
         }
 
@@ -270,6 +274,8 @@ def summarize(
         keye_version=__version__,
         device=loaded.devices,
         dtype=loaded.dtype,
+        quant=loaded.quant,
+        kv=loaded.kv,
         seed=settings.ask.generation.seed,
         info=info,
     )

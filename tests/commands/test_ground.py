@@ -55,6 +55,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
                 keye_version="v",
                 device="cpu",
                 dtype="fp32",
+                quant=None,
+                kv=None,
                 seed=0,
                 info=item,
             )

@@ -35,6 +35,8 @@ FIELDS = {
     "keye_version": str,
     "device": str,
     "dtype": str,
+    "quant": type(None),
+    "kv": type(None),
     "seed": int,
     "answers": list,
 }
@@ -54,6 +56,11 @@ too late
 
 def without_times(answer: Answer) -> dict[str, Any]:
     return {**answer.to_dict(), "timings": None}
+
+
+def test_an_answer_says_how_weights_and_keys_are_held(clip: Path) -> None:
+    answer = load(device="cpu", quant="int8", kv="fp8").ask(clip, "What?", max_tokens=2)
+    assert (answer.to_dict()["quant"], answer.to_dict()["kv"]) == ("int8", "fp8")
 
 
 def test_record_of_an_answer(keye: Keye, clip: Path, tiny_checkpoint: Path) -> None:

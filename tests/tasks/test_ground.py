@@ -41,6 +41,8 @@ FIELDS = {
     "keye_version": str,
     "device": str,
     "dtype": str,
+    "quant": type(None),
+    "kv": type(None),
     "seed": int,
 }
 
@@ -167,9 +169,9 @@ def test_times_count_from_the_part_that_is_searched(
     prompts: list[str] = []
     build = stream.PromptFeeder.__init__
 
-    def spy(self: Any, model: Any, cache: Any, prompt: Any, size: int) -> None:
+    def spy(self: Any, model: Any, cache: Any, prompt: Any, *others: Any) -> None:
         prompts.append(keye.tokenizer.decode(prompt.input_ids))
-        build(self, model, cache, prompt, size)
+        build(self, model, cache, prompt, *others)
 
     monkeypatch.setattr(stream.PromptFeeder, "__init__", spy)
     result = keye.ground(clip, "the dog", start=1, end=3, **FEW)

@@ -126,6 +126,8 @@ def test_record_of_a_summary(
         "keye_version": __version__,
         "device": "cpu",
         "dtype": "fp32",
+        "quant": None,
+        "kv": None,
         "seed": 5,
     }
     assert times == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
