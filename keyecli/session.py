@@ -223,6 +223,7 @@ def load(
     quant: str | None = None,
     kv: str | None = None,
     offload: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -242,6 +243,8 @@ def load(
     `keyecli.kernels.reference.stored`; default: of type dtype).
     offload: "experts" keeps the routed experts in this machine's memory, from which the GPU reads them: for one that is too
     small for all weights.
+    adapter: a folder with a LoRA adapter in PEFT's format; without `model`, its base is loaded. It goes into the weights as they
+    are read, or stands beside them where they are quantised.
 
     cache: keep encoded frames on disk, in `keyecli.settings.cache_folder()`, so that later questions about a clip need not
     decode it again; cache_size: GiB of them (default: 10), beyond which the least recently used go.
@@ -255,6 +258,7 @@ def load(
         quant=quant,
         kv=kv,
         offload=offload,
+        adapter=adapter,
         revision=revision,
     )
     loaded = load_weights(files, on_progress=on_progress)
@@ -272,6 +276,7 @@ def plan(
     quant: str | None = None,
     kv: str | None = None,
     offload: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -293,6 +298,7 @@ def plan(
         quant=quant,
         kv=kv,
         offload=offload,
+        adapter=adapter,
         revision=revision,
     )
     chosen = _one_of(ask_settings, files.preprocessor, settings, options)
@@ -310,6 +316,7 @@ def plan_ground(
     quant: str | None = None,
     kv: str | None = None,
     offload: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -331,6 +338,7 @@ def plan_ground(
         quant=quant,
         kv=kv,
         offload=offload,
+        adapter=adapter,
         revision=revision,
     )
     planned = plan_search(
@@ -350,6 +358,7 @@ def plan_summary(
     quant: str | None = None,
     kv: str | None = None,
     offload: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     offline: bool = True,
     cache: bool = True,
@@ -371,6 +380,7 @@ def plan_summary(
         quant=quant,
         kv=kv,
         offload=offload,
+        adapter=adapter,
         revision=revision,
     )
     chosen = _one_of(summary_settings, files.preprocessor, settings, options)

@@ -42,6 +42,7 @@ class Settings:
 
     model: str | None = None
     revision: str | None = None
+    adapter: str | None = None
     offline: bool = True
     device: str | None = None
     dtype: str | None = None

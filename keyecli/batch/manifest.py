@@ -18,9 +18,9 @@ from typing import Any
 from keyecli import __version__
 from keyecli.batch.jobs import Job, make_jobs
 from keyecli.batch.ledger import Ledger
-from keyecli.engine.loaded import ModelFiles
+from keyecli.engine.loaded import ModelFiles, revision_of
 from keyecli.errors import KeyeError, UsageError
-from keyecli.model.checkpoint import read_entries, weights_revision
+from keyecli.model.checkpoint import read_entries
 
 SCHEMA = "keye.manifest/1"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "av", "numpy", "pillow")
@@ -61,7 +61,7 @@ def write_manifest(
         "model": {
             "name": files.name,
             "revision": revision,
-            "weights_revision": weights_revision(files.folder),
+            "weights_revision": revision_of(files),
             "weights_sha256": weights_hash(files.folder),
         },
         "device": files.devices,
@@ -69,6 +69,7 @@ def write_manifest(
         "kernels": files.kernels,
         "quant": files.quant,
         "kv": files.kv,
+        "adapter": None if files.adapter is None else str(files.adapter),
         "options": dict(defaults),
     }
     part = path.with_name(f".{path.name}.part")

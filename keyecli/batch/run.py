@@ -23,8 +23,7 @@ from keyecli.batch.jobs import Job
 from keyecli.batch.ledger import Ledger
 from keyecli.batch.shard import Shard, share_of
 from keyecli.batch.workers import WorkerPool
-from keyecli.engine.loaded import ModelFiles
-from keyecli.model.checkpoint import weights_revision
+from keyecli.engine.loaded import ModelFiles, revision_of
 from keyecli.model.quantize import quantization_in
 from keyecli.session import Keye
 
@@ -113,7 +112,7 @@ class Batch:
                 for job in jobs
             ),
         )
-        self._revision = weights_revision(files.folder)
+        self._revision = revision_of(files)
         # Weights that are quantised on the way give other answers, and so does a cache in FP8.
         quantization = quantization_in(files.config, files.folder)
         self._dtype = files.dtype if quantization is None else f"{files.dtype} {quantization}"

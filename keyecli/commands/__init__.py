@@ -19,6 +19,7 @@ COMMANDS = {
     "cache": "Show or clear what is kept on the disk.",
     "pull": "Fetch a model from the Hugging Face hub.",
     "doctor": "Check this machine, a model, and its answers.",
+    "finetune": "Train a model, or an adapter of it, on local videos.",
     "quantize": "Save a model with its weights in 4 or 8 bits.",
 }
 """Command → its line in `keye --help`. Its function stands under its name in the module of its name."""

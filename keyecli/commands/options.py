@@ -64,6 +64,9 @@ MODEL = {
         help="Folder, or hub name of a downloaded model. Default: KEYE_MODEL, else the embedded keye-nano.",
     ),
     "revision": _text("Model", "REV", "--revision", help="Branch, tag or commit of a hub name."),
+    "adapter": _text(
+        "Model", "FOLDER", "--adapter", help="Adapter that training wrote; --model then defaults to its base."
+    ),
     "offline": _flag("Model", "--offline", help="Use local files only, as is always done unless asked."),
     "device": _text(
         "Model",

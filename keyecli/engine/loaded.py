@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from keyecli.engine.plan import (
 )
 from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
 from keyecli.kernels.dispatch import Backend, has_triton, interprets
+from keyecli.model.adapter import adapter_revision, adapter_settings, load_adapter
 from keyecli.model.cache import KeyeCache
 from keyecli.model.checkpoint import (
     Preprocessor,
@@ -78,6 +80,7 @@ class ModelFiles:
     kernels: Backend
     kv: KVFormat | None = field(default=None, kw_only=True)
     offload: Offload | None = field(default=None, kw_only=True)
+    adapter: Path | None = field(default=None, kw_only=True)
     parts: tuple[DevicePart, ...] = field(default=(), kw_only=True)
 
     @property
@@ -123,14 +126,19 @@ def open_model(
     quant: str | None = None,
     kv: str | None = None,
     offload: str | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
 ) -> ModelFiles:
     """Find a model (a folder, a hub name in the local cache, None: embedded nano) and read its small files.
 
     Device: cuda where there is one, else cpu; dtype: bf16 on cuda, else fp32; kernels: triton on cuda, else reference; quant:
     as the folder is; kv: as dtype; offload: nothing. The configuration then says how the weights are quantised, by the folder
-    or on the way. ModelError, UsageError. A KeyeWarning says when there is a GPU and no Triton.
+    or on the way. With an adapter the model is by default the one that it was trained on. ModelError, UsageError. A KeyeWarning
+    says when there is a GPU and no Triton.
     """
+    if adapter is not None:
+        base = adapter_settings(adapter).get("base_model_name_or_path")
+        model = base if model is None and base and base != NANO_NAME else model
     folder = resolve_model(None if model is None else str(model), revision)
     chosen, *others = choose_devices(device)
     config = quantized_config(folder, quant)
@@ -144,6 +152,7 @@ def open_model(
         kernels=choose_kernels(kernels, chosen),
         kv=choose_kv(kv),
         offload=choose_offload(offload, chosen, config),
+        adapter=None if adapter is None else Path(adapter).expanduser(),
     )
     return replace(files, parts=_split(files, (chosen, *others))) if others else files
 
@@ -154,6 +163,14 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
     A KeyeWarning says when the model's files leave open how pixels are normalised.
     """
     require_room(files)
+    adapter = None if files.adapter is None else load_adapter(files.adapter)
+    base = weights_revision(files.folder)
+    if adapter is not None and adapter.base_revision not in (None, base):
+        message = (
+            f"the adapter {adapter.folder} was trained on other weights ({adapter.base or 'unnamed'}, {adapter.base_revision}) "
+            f"than those of {files.name} ({base}): its answers may be worse"
+        )
+        warnings.warn(message, KeyeWarning, stacklevel=2)
 
     def report(done: int, total: int) -> None:
         if on_progress:
@@ -165,6 +182,7 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
             device=_places(files),
             dtype=torch_dtype(files.dtype),
             quantization=quantization_in(files.config, files.folder),
+            adapter=adapter,
             on_progress=report,
         )
     model.set_kernel_backend(files.kernels)
@@ -174,11 +192,19 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
         warnings.warn(message, KeyeWarning, stacklevel=2)
     return LoadedModel(
         **vars(files),
-        revision=weights_revision(files.folder),
+        revision=revision_of(files),
         model=model,
         tokenizer=load_tokenizer(files.folder),
         generation_config=_read_generation_config(files.folder),
     )
+
+
+def revision_of(files: ModelFiles) -> str:
+    """A short name of the weights, another one with an adapter; ModelError when either cannot be read."""
+    base = weights_revision(files.folder)
+    if files.adapter is None:
+        return base
+    return sha256(f"{base} {adapter_revision(files.adapter)}".encode()).hexdigest()[: len(base)]
 
 
 def require_room(files: ModelFiles) -> None:

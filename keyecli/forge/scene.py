@@ -32,7 +32,7 @@ WORDS = (
 # fmt: on
 MOTIONS = ("left", "right", "up", "down", "spin")  # besides "still"
 EXTRA_MOTIONS = ("grow",)  # as EXTRA_SHAPES
-GROWTH = (0.6, 1.5)  # sizes at the beginning and the end of "grow", as shares of the object's own
+GROWTH = (0.5, 1.8)  # sizes at the beginning and the end of "grow", as shares of the object's own
 
 STEP_S = 0.5  # every boundary of every event lies on this grid
 MIN_SPAN_S = 1.5

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from keyecli.errors import ModelError
 from keyecli.kernels.reference import LowRank
 from keyecli.model.lora import TARGET_MODULES, LoraExperts, LoraLinear, LoraSettings, lora_parameters
 from keyecli.model.quantize import QuantizedExperts, QuantizedLinear
-from keyecli.model.shards import content_name, first_of, one_line, read_json_object
+from keyecli.model.shards import content_name, first_of, one_line, read_header, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -158,20 +158,34 @@ def _config_of(settings: LoraSettings, base: str, saved_modules: Sequence[str]) 
     }
 
 
-def load_adapter(folder: Path | str) -> AdapterFile:
-    """Read an adapter's folder, ours or PEFT's own. ModelError for anything else, and for kinds that are no plain LoRA."""
+def adapter_settings(folder: Path | str) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter that is whole, without its tensors. ModelError: see `load_adapter`."""
     folder = Path(folder).expanduser()
-    path = folder / WEIGHTS_FILE
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(
             f"{folder} is no adapter: it holds no {CONFIG_FILE}; name the folder that a training run wrote"
         )
     values = read_json_object(folder / CONFIG_FILE)
     _require_plain(values, folder)
-    if not path.is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         found = " but a pickle file, which keyecli never opens: save it as safetensors" if pickled else ""
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}{found or ': complete the copy'}")
+    return values
+
+
+def adapter_revision(folder: Path | str) -> str:
+    """A short name of an adapter's content; ModelError where there is none."""
+    folder = Path(folder).expanduser()
+    adapter_settings(folder)
+    read_header(folder / WEIGHTS_FILE)
+    return content_name([folder / WEIGHTS_FILE, folder / CONFIG_FILE])
+
+
+def load_adapter(folder: Path | str) -> AdapterFile:
+    """Read an adapter's folder, ours or PEFT's own. ModelError for anything else, and for kinds that are no plain LoRA."""
+    folder = Path(folder).expanduser()
+    path, values = folder / WEIGHTS_FILE, adapter_settings(folder)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -187,7 +201,7 @@ def load_adapter(folder: Path | str) -> AdapterFile:
         folder,
         str(base) if base else None,
         metadata.get(REVISION_KEY),
-        content_name([path, folder / CONFIG_FILE]),
+        adapter_revision(folder),
         values,
         {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()},
     )
@@ -335,15 +349,15 @@ def _is_named(name: str, endings: Iterable[str]) -> bool:
 
 
 def adapted(
-    weights: Iterable[tuple[str, Tensor]], adapter: Adapter, stored_dtype: Callable[[str], torch.dtype]
+    weights: Iterable[tuple[str, Tensor]], adapter: Adapter, stored_dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Streamed weights with an adapter in them, changed in place: each sum is computed in fp32 and rounded to the type that the
     files have, then to the tensor's, so that the result is the same as from merged files."""
     for name, tensor in weights:
         if name in adapter.replaced:
-            tensor.copy_(adapter.replaced[name].to(stored_dtype(name)))
+            tensor.copy_(adapter.replaced[name].to(stored_dtypes[name]))
         if name in adapter.added:
-            _add(tensor, adapter.added[name], stored_dtype(name))
+            _add(tensor, adapter.added[name], stored_dtypes[name])
         yield name, tensor
 
 
@@ -358,7 +372,16 @@ def _add(weight: Tensor, factors: LowRank, stored: torch.dtype) -> None:
 
 
 def put_beside(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Put what an adapter adds to quantised matrices beside them, in modules of their own; returns the parameters' names."""
+    """Put what an adapter adds to quantised matrices beside them, in modules of their own; returns the parameters' names.
+
+    ModelError when it replaces a quantised one whole.
+    """
+    known = {name for name, _ in model.named_parameters()}
+    lost = [name for name in adapter.replaced if name not in known]
+    if lost:
+        raise ModelError(
+            f"the adapter holds the whole {first_of(lost)}, which is quantised here: use the unquantised base"
+        )
     made: list[str] = []
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear) and f"{name}.weight" in adapter.added:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keyecli.errors import ModelError
+from keyecli.model.adapter import AdapterFile, adapted, fit_adapter, put_beside
 from keyecli.model.companions import (
     Preprocessor,
     load_config,
@@ -132,7 +133,8 @@ class LoadPlan:
     """Everything known about a folder before a weight is read.
 
     model: on the meta device, with quantised modules where there will be any. quantised: parameter of the files → module that it
-    is quantised into; empty where the folder is quantised already. stored: how the folder itself is quantised.
+    is quantised into; empty where the folder is quantised already. stored: how the folder itself is quantised. shapes: of the
+    official parameters, before anything is quantised.
     """
 
     folder: Path
@@ -142,10 +144,18 @@ class LoadPlan:
     quantization: Quantization | None
     stored: bool
     quantised: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @property
     def read_bytes(self) -> int:
         return sum(self.entries[name].bytes for name in self.placements)
+
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The types in which the files hold the parameters, but for quantised ones."""
+        held = {placement.parameter: self.entries[name].dtype for name, placement in self.placements.items()}
+        return {
+            name: SAFETENSORS_DTYPES[dtype] for name, dtype in held.items() if dtype in SAFETENSORS_DTYPES
+        }
 
 
 def plan_load(folder: Path | str, quantization: Quantization | None = None) -> LoadPlan:
@@ -176,7 +186,7 @@ def plan_load(folder: Path | str, quantization: Quantization | None = None) -> L
     placements = _plan_placements(
         folder, config, _parameter_shapes(model) if stored else shapes, entries, stored is not None
     )
-    return LoadPlan(folder, model, entries, placements, wanted, stored is not None, quantised)
+    return LoadPlan(folder, model, entries, placements, wanted, stored is not None, quantised, shapes)
 
 
 def _weight_of(module: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -190,22 +200,28 @@ def load_model(
     device: torch.device | str | WeightPlaces = "cpu",
     dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
+    adapter: AdapterFile | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> KeyeVL2ForConditionalGeneration:
     """Build the model of `folder` on `device` in `dtype` (default: the configuration's, else the weights' own), in eval mode.
 
     `device` may say more: on which devices the layers are, and that the experts are in the host's memory. Reads
     `model.safetensors`, or the shards that `model.safetensors.index.json` names. `quantization` quantises on the way, to
-    the same bits as `quantize_folder` would write, whatever the device and `dtype`. `on_progress(done, total)` is told
-    the bytes read. ModelError names the first thing wrong: a damaged or missing shard, a tensor that is missing,
-    unexpected, misshapen or of a wrong type, another quantisation; all of it is found before any weight is read.
+    the same bits as `quantize_folder` would write, whatever the device and `dtype`. `adapter` goes into the weights, and beside
+    those that are quantised. `on_progress(done, total)` is told the bytes read. ModelError names the first thing wrong: a damaged
+    or missing shard, a tensor that is missing, unexpected, misshapen or of a wrong type, another quantisation; all of it is found
+    before any weight is read.
     """
     plan = plan_load(folder, quantization)
     model, config = plan.model, plan.model.config
     if dtype is None:
         own = config.dtype
         dtype = own if isinstance(own, torch.dtype) else _most_common_dtype(_dense_entries(plan))
-    for name, tensor in stream_weights(plan, device, dtype, on_progress):
+    weights = stream_weights(plan, device, dtype, on_progress)
+    added = None if adapter is None else fit_adapter(adapter, plan.shapes)
+    if added is not None:
+        weights = adapted(weights, added, plan.stored_dtypes())
+    for name, tensor in weights:
         _put(model, name, tensor)
     model.config.dtype = dtype
     if plan.quantization is not None:
@@ -219,6 +235,8 @@ def load_model(
         )
     if isinstance(device, WeightPlaces) and device.host_experts:
         share_buffers(model.model.layers)
+    if added is not None:
+        put_beside(model, added)
     return model.eval()
 
 
@@ -379,9 +397,17 @@ def _most_common_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
 
 
 def save_model(
-    model: KeyeVL2ForConditionalGeneration, folder: Path | str, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    model: KeyeVL2ForConditionalGeneration,
+    folder: Path | str,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tensors: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write `config.json` and the weights in the official layout (fused experts), bit for bit as they are.
+
+    tensors: some by name that are saved in the place of the model's own, which may be shards; dtype: None for the model's, else
+    weights are rounded to it.
 
     More than `max_shard_bytes` of weights become several shards with an index; a larger tensor gets a shard of its
     own. Files are written under temporary names and renamed, then shards of an earlier save are removed. ModelError
@@ -395,7 +421,9 @@ def save_model(
         raise ModelError(
             f"the official layout has no place for {first_of(foreign)}: merge the adapter into its base first"
         )
-    state = model.state_dict()
+    state = {**model.state_dict(), **(tensors or {})}
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
     shards = _split_shards({name: state[name].nbytes for name in names}, max_shard_bytes)
     files = [SINGLE_FILE]
     if len(shards) > 1:
@@ -414,7 +442,7 @@ def save_model(
             total = sum(state[name].nbytes for name in names)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             temporary[INDEX_FILE] = _write_json(folder, INDEX_FILE, index)
-        temporary[CONFIG_FILE] = _write_json(folder, CONFIG_FILE, config_values(model))
+        temporary[CONFIG_FILE] = _write_json(folder, CONFIG_FILE, config_values(model, dtype))
         for file, path in temporary.items():
             path.replace(folder / file)
     finally:
@@ -443,8 +471,9 @@ def _write_json(folder: Path, name: str, values: dict[str, Any]) -> Path:
     return path
 
 
-def config_values(model: KeyeVL2ForConditionalGeneration) -> dict[str, Any]:
-    """`config.json` as the official file spells it: older rotary keys, no auto_map (what it names is not saved)."""
+def config_values(model: KeyeVL2ForConditionalGeneration, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """`config.json` as the official file spells it: older rotary keys, no auto_map (what it names is not saved). dtype: of the
+    weights, None: the model's."""
     config = model.config
     values = config.to_diff_dict()
     for key in ("auto_map", "_name_or_path", "rope_parameters"):
@@ -456,7 +485,7 @@ def config_values(model: KeyeVL2ForConditionalGeneration) -> dict[str, Any]:
         architectures=[
             "KeyeVL2MoeForConditionalGeneration" if config.is_moe else "KeyeVL2ForConditionalGeneration"
         ],
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(dtype or model.dtype).removeprefix("torch."),
         rope_theta=config.rope_theta,
         rope_scaling=rope,
         vision_config=vision,

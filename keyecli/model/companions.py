@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from keyecli.errors import ModelError, UsageError
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.rope import scale_sections
-from keyecli.model.shards import CONFIG_FILE, one_line, read_json_object
+from keyecli.model.shards import CONFIG_FILE, INDEX_FILE, one_line, read_json_object
 from keyecli.video.sampling import TOKEN_SIDE_PX, FrameBudget
 
 TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 NANO_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "nano"
+
+# What goes along, unchanged, with weights that are saved anew. Never code, never weights.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 
 PATCH_SIZE_PX, MERGE_SIZE = 14, 2
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
@@ -104,6 +109,14 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
             f"{name}{at} is neither a folder nor in the local Hugging Face cache: fetch it with `{command}`"
         )
     return Path(found).parent
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what stands beside a model's weights, but for the configuration and the index: tokenizer, preprocessor, licence."""
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        if path.is_file() and wanted and path.name not in (CONFIG_FILE, INDEX_FILE):
+            shutil.copyfile(path, folder / path.name)
 
 
 def load_config(folder: Path | str) -> KeyeVL2Config:

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from keyecli.errors import MemoryLimitError, ModelError, UsageError
 from keyecli.model.checkpoint import LoadPlan, plan_load
+from keyecli.model.companions import copy_companions
 from keyecli.model.quantize import Quantization, Quantized
 from keyecli.model.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json_object
 from keyecli.model.streaming import SAFETENSORS_DTYPES, stream_weights
 
 # Host memory holds one shard, and the tensor that is being quantised.
 SHARD_BYTES = 2_000_000_000
-# What goes along unchanged: tokenizer, template, preprocessor, generation settings, licence. Never code, never weights.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 # Beside the weights: companions, headers.
 SPARE_BYTES = 100_000_000
 GIB = 2**30
@@ -146,10 +144,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
 def _write_companions(source: Path, folder: Path, quantization: Quantization) -> None:
     """The configuration, which then says how the weights are quantised and names no code, and what goes along."""
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        if path.is_file() and wanted and path.name not in (CONFIG_FILE, INDEX_FILE):
-            shutil.copyfile(path, folder / path.name)
+    copy_companions(source, folder)
     values = read_json_object(source / CONFIG_FILE)
     values.pop("auto_map", None)
     values["quantization_config"] = quantization.to_dict()

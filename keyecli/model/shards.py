@@ -48,7 +48,7 @@ def read_entries(folder: Path | str) -> dict[str, TensorEntry]:
     if not index_path.is_file():
         if not single_path.is_file():
             raise ModelError(_explain_no_weights(folder))
-        return _read_header(single_path)
+        return read_header(single_path)
 
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -68,7 +68,7 @@ def read_entries(folder: Path | str) -> dict[str, TensorEntry]:
 
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
-        for name, entry in _read_header(folder / shard).items():
+        for name, entry in read_header(folder / shard).items():
             if weight_map.get(name) != shard:
                 said = f"places it in {weight_map[name]}" if name in weight_map else "does not list it"
                 raise ModelError(
@@ -102,7 +102,7 @@ def _explain_no_weights(folder: Path) -> str:
     return f"{folder} holds no weights: download its .safetensors files"
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file; ModelError when its length and its header disagree."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -152,7 +152,7 @@ def _tensorboard_writer(folder: Path, resume_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError(
-            "TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard"
+            "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"
         ) from error
     # What an earlier run wrote of steps that come again is hidden.
     return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)

@@ -72,7 +72,7 @@ def trained(text: str) -> Trained:
         raise UsageError("--train indexer freezes everything else: leave the rest out")
     if mains[0] == "projector" and "projector" not in names:
         raise UsageError(f"--train {text} needs one of {', '.join(MAINS)}")
-    return Trained(cast(Main, mains[0]), extras)
+    return Trained(mains[0], extras)
 
 
 def is_trained(name: str, what: Trained) -> bool:
@@ -135,7 +135,7 @@ class Network(nn.Module):
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(self, batch: Pack, sight: Sight, measuring: bool = False) -> Sums:
-        """A pack whose tensors are on the model's device. measuring: as the model answers, and the answers' loss whatever learns."""
+        """A pack whose tensors are on the model's device. measuring: as the model answers, whatever learns."""
         model, what = self.model, self.what
         model.model.mode = "dense" if what.main == "indexer" and not measuring else "sparse"
         answers, teach = what.answers or measuring, what.teaches_indexer and not measuring

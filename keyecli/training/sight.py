@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ def see(
     patch = loaded.config.vision_config.patch_size
     patches: list[Tensor] = []
     grids: list[tuple[int, int]] = []
-    visuals = []
+    came: list[Visual] = []
     for plan in plans:
-        times = []
+        times: list[Fraction] = []
         read = loaded.read_frames or decode_frames
         for chunk in read(
             plan.info, plan.sampling, exact_resize=exact_resize, chunk_frames=group_frames(loaded, plan)
@@ -55,8 +56,8 @@ def see(
                 )
             )
             grids += [(pixels.shape[1] // patch, pixels.shape[2] // patch)] * len(pixels)
-        visuals.append(with_times(visual_of(plan), times))
-    return Seen(tuple(visuals), Sight(patches=torch.cat(patches) if patches else None, grids=tuple(grids)))
+        came.append(with_times(visual_of(plan), times))
+    return Seen(tuple(came), Sight(patches=torch.cat(patches) if patches else None, grids=tuple(grids)))
 
 
 def together(parts: Sequence[Sight]) -> Sight:

@@ -12,7 +12,10 @@ from keyecli.bench.measure import Measurement
 from tests.commands.conftest import Keye
 
 GPU = torch.cuda.is_available()
-UNKNOWN = "keye: keye bench measures kernels, prefill, decode, memory, load, end-to-end, video: name one, as in `keye bench kernels`"
+UNKNOWN = (
+    "keye: keye bench measures kernels, prefill, decode, memory, load, end-to-end, video: "
+    "name one, as in `keye bench kernels`"
+)
 
 
 @pytest.mark.parametrize(

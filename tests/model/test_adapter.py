@@ -64,7 +64,7 @@ def with_adapter(model: KeyeVL2ForConditionalGeneration, folder: Path) -> KeyeVL
     """The model with the folder's adapter in its weights."""
     adapter = fit_adapter(load_adapter(folder), shapes_of(model))
     with torch.no_grad():
-        list(adapted(model.named_parameters(), adapter, lambda name: torch.float32))
+        list(adapted(model.named_parameters(), adapter, dict.fromkeys(shapes_of(model), torch.float32)))
     return model
 
 
@@ -229,9 +229,9 @@ def test_what_is_no_adapter_of_this_model_is_refused(
 def test_a_sum_is_rounded_to_the_type_of_the_files() -> None:
     weight, first, second = torch.ones(4, 6), torch.full((6, 1), 0.3), torch.full((1, 4), 1e-2)
     adapter = Adapter({"w": (first, second)}, {})
-    [(_, changed)] = adapted([("w", weight.clone())], adapter, lambda name: torch.bfloat16)
+    [(_, changed)] = adapted([("w", weight.clone())], adapter, {"w": torch.bfloat16})
     assert_same(changed, torch.full((4, 6), 1.003).to(torch.bfloat16).float())
-    [(_, exact)] = adapted([("w", weight.clone())], adapter, lambda name: torch.float32)
+    [(_, exact)] = adapted([("w", weight.clone())], adapter, {"w": torch.float32})
     assert_close(exact, torch.full((4, 6), 1.003), relative=1e-7)
 
 
