@@ -1,5 +1,5 @@
-"""Routed experts with a low-rank addition on a GPU: `reference.lora_experts` in blocks of tokens, whose rows are made again in the
-backward pass, so that memory does not grow with the length of a pack.
+"""Routed experts with a low-rank addition on a GPU: `reference.lora_experts` in blocks of tokens, whose rows are made again in
+the backward pass, so that memory does not grow with the length of a pack.
 
 T tokens, E experts, F expert width, D model width, r rank.
 """
@@ -28,8 +28,8 @@ def lora_experts(
     down_factors: LowRank | None,
     scale: float,
 ) -> Tensor:
-    """`reference.lora_experts`; quantised matrices, as `quantized_weights.quantized_lora_experts` takes them, are read back for each
-    block, and again in its backward pass."""
+    """`reference.lora_experts`; quantised matrices, as `quantized_weights.quantized_lora_experts` takes them, are read back for
+    each block, and again in its backward pass."""
 
     def computed(x: Tensor, weights: Tensor, experts: Tensor, *factors: Tensor) -> Tensor:
         parts = list(factors)
