@@ -20,10 +20,12 @@ from keyecli.batch.jobs import Job, make_jobs
 from keyecli.batch.ledger import Ledger
 from keyecli.engine.loaded import ModelFiles, revision_of
 from keyecli.errors import KeyeError, UsageError
+from keyecli.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from keyecli.model.checkpoint import read_entries
 
 SCHEMA = "keye.manifest/1"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "av", "numpy", "pillow")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 NUMBERS_WITHIN = 1e-3
 """Scores that differ less than this are the same; times and words must be equal."""
 
@@ -62,7 +64,7 @@ def write_manifest(
             "name": files.name,
             "revision": revision,
             "weights_revision": revision_of(files),
-            "weights_sha256": weights_hash(files.folder),
+            "weights_sha256": weights_hash(files),
         },
         "device": files.devices,
         "dtype": files.dtype,
@@ -127,6 +129,7 @@ class Manifest:
     dtype: str
     quant: str | None
     kv: str | None
+    adapter: str | None
     options: Mapping[str, Any]
     jobs: list[Job]
     entries: Mapping[str, Mapping[str, Any]]
@@ -146,6 +149,7 @@ def read_manifest(path: Path) -> Manifest:
             content["dtype"],
             content["quant"],
             content["kv"],
+            content.get("adapter"),
             content["options"],
             jobs,
             entries,
@@ -194,12 +198,15 @@ def _is_same(before: Any, now: Any, name: str = "") -> bool:
     return before == now
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's weight files, in the order of their names."""
+def weights_hash(files: ModelFiles) -> str:
+    """SHA-256 over the names and contents of a model's weight files, in the order of their names, and of an adapter's files."""
     digest = hashlib.sha256()
-    for shard in sorted({entry.shard for entry in read_entries(folder).values()}):
-        digest.update(f"{shard.name}\0".encode())
-        with shard.open("rb") as file:
+    paths = sorted({entry.shard for entry in read_entries(files.folder).values()})
+    if files.adapter is not None:
+        paths += [files.adapter / name for name in ADAPTER_FILES]
+    for path in paths:
+        digest.update(f"{path.name}\0".encode())
+        with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "pull": "Fetch a model from the Hugging Face hub.",
     "doctor": "Check this machine, a model, and its answers.",
     "finetune": "Train a model, or an adapter of it, on local videos.",
+    "merge": "Put an adapter into the weights of its base.",
     "quantize": "Save a model with its weights in 4 or 8 bits.",
 }
 """Command → its line in `keye --help`. Its function stands under its name in the module of its name."""

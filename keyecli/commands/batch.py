@@ -188,7 +188,7 @@ def batch(
                 workers=machines,
             )
             console.notice(f"wrote {manifest}")
-        different = 0 if repeated is None else _compare(repeated, run.ledger, keys, crew.files.folder)
+        different = 0 if repeated is None else _compare(repeated, run.ledger, keys, crew.files)
     _print(tally, different, repeated is not None, as_json=settings.json)
     if tally.failed or tally.failed_before or different:
         raise typer.Exit(ExitCode.FAILURE)
@@ -360,15 +360,15 @@ def _model_of(manifest: Manifest, load: Mapping[str, Any]) -> dict[str, Any]:
 
     name = manifest.model["name"]
     model = load["model"] or (None if name == NANO_NAME else name)
-    as_then = {name: load[name] or getattr(manifest, name) for name in ("dtype", "quant", "kv")}
+    as_then = {name: load[name] or getattr(manifest, name) for name in ("dtype", "quant", "kv", "adapter")}
     return {**load, **as_then, "model": model}
 
 
-def _compare(manifest: Manifest, ledger: Ledger, keys: list[tuple[Job, str]], weights: Path) -> int:
+def _compare(manifest: Manifest, ledger: Ledger, keys: list[tuple[Job, str]], files: ModelFiles) -> int:
     """Say what came out otherwise than the manifest has it; how many jobs did."""
     from keyecli.batch.manifest import differences, weights_hash
 
-    if weights_hash(weights) != manifest.model["weights_sha256"]:
+    if weights_hash(files) != manifest.model["weights_sha256"]:
         console.warning("the weights are not those of the manifest")
     records = (ledger.record_of(job.id, key) for job, key in keys if (job.id, key) in ledger.entries)
     different = 0

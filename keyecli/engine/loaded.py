@@ -32,7 +32,7 @@ from keyecli.engine.plan import (
 )
 from keyecli.errors import KeyeWarning, MemoryLimitError, UsageError
 from keyecli.kernels.dispatch import Backend, has_triton, interprets
-from keyecli.model.adapter import adapter_revision, adapter_settings, load_adapter
+from keyecli.model.adapter import AdapterFile, adapter_revision, adapter_settings, load_adapter
 from keyecli.model.cache import KeyeCache
 from keyecli.model.checkpoint import (
     Preprocessor,
@@ -164,13 +164,8 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
     """
     require_room(files)
     adapter = None if files.adapter is None else load_adapter(files.adapter)
-    base = weights_revision(files.folder)
-    if adapter is not None and adapter.base_revision not in (None, base):
-        message = (
-            f"the adapter {adapter.folder} was trained on other weights ({adapter.base or 'unnamed'}, {adapter.base_revision}) "
-            f"than those of {files.name} ({base}): its answers may be worse"
-        )
-        warnings.warn(message, KeyeWarning, stacklevel=2)
+    if adapter is not None:
+        warn_of_another_base(adapter, files)
 
     def report(done: int, total: int) -> None:
         if on_progress:
@@ -197,6 +192,17 @@ def load_weights(files: ModelFiles, *, on_progress: OnProgress | None = None) ->
         tokenizer=load_tokenizer(files.folder),
         generation_config=_read_generation_config(files.folder),
     )
+
+
+def warn_of_another_base(adapter: AdapterFile, files: ModelFiles) -> None:
+    """A KeyeWarning when an adapter says that it was trained on other weights than those of `files`."""
+    base = weights_revision(files.folder)
+    if adapter.base_revision not in (None, base):
+        message = (
+            f"the adapter {adapter.folder} was trained on other weights ({adapter.base or 'unnamed'}, {adapter.base_revision}) "
+            f"than those of {files.name} ({base}): its answers may be worse"
+        )
+        warnings.warn(message, KeyeWarning, stacklevel=3)
 
 
 def revision_of(files: ModelFiles) -> str:

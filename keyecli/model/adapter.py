@@ -53,7 +53,7 @@ PLAIN_SETTINGS: dict[str, tuple[object, ...]] = {
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")
 # Experts whose product is worked out at once, so that no second copy of a layer's experts is held.
-MERGED_EXPERTS = 16
+MERGED_EXPERTS = 8
 
 
 @dataclass(frozen=True)
@@ -351,8 +351,8 @@ def _is_named(name: str, endings: Iterable[str]) -> bool:
 def adapted(
     weights: Iterable[tuple[str, Tensor]], adapter: Adapter, stored_dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Streamed weights with an adapter in them, changed in place: each sum is computed in fp32 and rounded to the type that the
-    files have, then to the tensor's, so that the result is the same as from merged files."""
+    """Streamed weights with an adapter in them, changed in place: each sum is computed in fp64, so that no device rounds another
+    way, and rounded to the type that the files have. The tensors must be of that type, or of one that holds all its values."""
     for name, tensor in weights:
         if name in adapter.replaced:
             tensor.copy_(adapter.replaced[name].to(stored_dtypes[name]))
@@ -362,13 +362,13 @@ def adapted(
 
 
 def _add(weight: Tensor, factors: LowRank, stored: torch.dtype) -> None:
-    first, second = (factor.to(weight.device) for factor in factors)
+    first, second = (factor.to(weight.device, torch.float64) for factor in factors)
     if weight.dim() == 2:
-        weight.copy_((weight.float() + (first @ second).t()).to(stored))
+        weight.copy_((weight.double() + (first @ second).t()).to(stored))
         return
     for begin in range(0, len(weight), MERGED_EXPERTS):
         part = slice(begin, begin + MERGED_EXPERTS)
-        weight[part] = torch.baddbmm(weight[part].float(), first[part], second[part]).to(stored)
+        weight[part] = torch.baddbmm(weight[part].double(), first[part], second[part]).to(stored)
 
 
 def put_beside(model: nn.Module, adapter: Adapter) -> list[str]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keyecli.errors import ModelError
-from keyecli.model.adapter import AdapterFile, adapted, fit_adapter, put_beside
+from keyecli.model.adapter import Adapter, AdapterFile, adapted, fit_adapter, put_beside
 from keyecli.model.companions import (
     Preprocessor,
     load_config,
@@ -217,10 +217,11 @@ def load_model(
     if dtype is None:
         own = config.dtype
         dtype = own if isinstance(own, torch.dtype) else _most_common_dtype(_dense_entries(plan))
-    weights = stream_weights(plan, device, dtype, on_progress)
     added = None if adapter is None else fit_adapter(adapter, plan.shapes)
-    if added is not None:
-        weights = adapted(weights, added, plan.stored_dtypes())
+    if added is None:
+        weights = stream_weights(plan, device, dtype, on_progress)
+    else:
+        weights = _in_dtype(merged_weights(plan, added, device, on_progress), device, dtype)
     for name, tensor in weights:
         _put(model, name, tensor)
     model.config.dtype = dtype
@@ -238,6 +239,32 @@ def load_model(
     if added is not None:
         put_beside(model, added)
     return model.eval()
+
+
+def merged_weights(
+    plan: LoadPlan,
+    adapter: Adapter,
+    device: torch.device | str | WeightPlaces,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The streamed weights with an adapter in those that are not quantised, in the types of the files."""
+    return adapted(stream_weights(plan, device, None, on_progress), adapter, plan.stored_dtypes())
+
+
+def _in_dtype(
+    weights: Iterable[tuple[str, Tensor]], device: torch.device | str | WeightPlaces, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights in `dtype`, where they are to be; the parts of quantised matrices keep their types."""
+    for name, tensor in weights:
+        if tensor.dtype is dtype or handling_of(name) is Handling.QUANTISED:
+            yield name, tensor
+            continue
+        other = (
+            device.empty(name, tensor.shape, dtype)
+            if isinstance(device, WeightPlaces)
+            else torch.empty_like(tensor, dtype=dtype)
+        )
+        yield name, other.copy_(tensor)
 
 
 @cache

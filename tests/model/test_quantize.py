@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from keyecli.engine.plan import weights_bytes
 from keyecli.errors import ExitCode, MemoryLimitError, ModelError, UsageError
 from keyecli.kernels.quantized_weights import METHODS, Method, dequantise
-from keyecli.model import quantized_folder
+from keyecli.model import new_folder
 from keyecli.model.checkpoint import load_model, read_entries, save_model
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
 from keyecli.model.quantize import (
@@ -243,17 +244,21 @@ def test_what_cannot_be_quantised_is_refused(
 def test_a_full_disk_leaves_nothing(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_folder.shutil, "disk_usage", lambda _: free)
+        patch.setattr(new_folder.shutil, "disk_usage", lambda _: free)
         with pytest.raises(MemoryLimitError, match="are free on the disk of"):
             quantize_folder(wide, tmp_path / "out", INT4)
 
-    def full(*arguments: Any, **keywords: Any) -> None:
-        raise OSError(28, "No space left on device")
+    # As safetensors words it.
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    for error in (OSError(28, "No space left on device"), SafetensorError(text)):
 
-    monkeypatch.setattr(quantized_folder, "save_file", full)
-    with pytest.raises(MemoryLimitError, match="make room there"):
-        quantize_folder(wide, tmp_path / "out", INT4)
-    assert not list(tmp_path.iterdir())
+        def full(*arguments: Any, error: Exception = error, **keywords: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(new_folder, "save_file", full)
+        with pytest.raises(MemoryLimitError, match="make room there"):
+            quantize_folder(wide, tmp_path / "out", INT4)
+        assert not list(tmp_path.iterdir())
 
 
 def test_an_interruption_leaves_nothing(wide: Path, tmp_path: Path) -> None:
