@@ -44,9 +44,7 @@ def merge(
     the whole model. The new folder needs neither base nor adapter.
     """
     if adapter is None or out is None:
-        raise UsageError(
-            "give an adapter and a folder to write, as in `keye merge runs/first/adapter models/mine`"
-        )
+        raise UsageError("give an adapter and a folder to write, as in `keye merge runs/first models/mine`")
     with leaving_at_once():
         from keyecli.engine.loaded import memory_limits, open_model, warn_of_another_base
         from keyecli.engine.plan import gib
