@@ -92,7 +92,8 @@ class PartTimer:
 
 
 def _between_s(first: Moment, last: Moment) -> float:
-    if isinstance(first, float):
+    if isinstance(first, float) or isinstance(last, float):
+        assert isinstance(first, float)
         assert isinstance(last, float)
         return last - first
     return first.elapsed_time(last) / 1e3
@@ -101,7 +102,7 @@ def _between_s(first: Moment, last: Moment) -> float:
 def _seen(tensor: Any, on_gradient: Callable[[], None]) -> Any:
     """The tensor, telling when its gradient arrives; anything else, and what needs none, as it is."""
     if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-        return _Seen.apply(tensor, on_gradient)  # type: ignore[no-untyped-call]
+        return _Seen.apply(tensor, on_gradient)
     return tensor
 
 
@@ -112,6 +113,6 @@ class _Seen(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.on_gradient()
         return gradient, None

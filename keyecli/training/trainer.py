@@ -288,9 +288,10 @@ class Trainer:
         return []
 
     def _nothing(self) -> Pack:
-        """A pack of two tokens of which none is learnt."""
+        """A pack of two tokens, any that stand for no visual, of which none is learnt."""
         config = self.loaded.config
-        ids = torch.full((2,), int(config.pad_token_id or 0)).numpy()
+        word = min({0, 1, 2} - {config.image_token_id, config.video_token_id})
+        ids = torch.full((2,), word).numpy()
         return pack([Example("", ids, torch.arange(2).expand(3, 2).numpy(), ids * 0 + IGNORED_LABEL, 0)])
 
     def _refuse_not_finite(self, loss: float, bad: list[str], step: Step) -> None:

@@ -121,7 +121,7 @@ def test_no_number_is_no_match() -> None:
 def adapted() -> finetune_peft.Adapted:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, intermediate_size=32,
     )  # fmt: skip
