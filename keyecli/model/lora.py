@@ -21,7 +21,7 @@ from keyecli.kernels.reference import LowRank
 from keyecli.model.moe import Experts
 from keyecli.model.quantize import QuantizedExperts, QuantizedLinear
 
-Target = Literal["attention", "experts", "dense_mlp"]
+Target = Literal["attention", "experts", "dense_mlp", "head"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 # Modules that each target means. The indexer's projections are none of them: another loss teaches its selection.
@@ -29,6 +29,8 @@ TARGET_MODULES: dict[Target, str] = {
     "attention": r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
     "experts": r"model\.layers\.\d+\.mlp\.experts",
     "dense_mlp": r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj",
+    # For answers in tokens that the base has never had to write, whose rows it holds down.
+    "head": r"lm_head",
 }
 
 
@@ -143,6 +145,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, dtype: torch.dtype | None
     """
     if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
         raise ValueError("the model has adapters already")
+    if "head" in settings.targets and model.get_input_embeddings().weight is model.lm_head.weight:  # type: ignore[operator]
+        raise UsageError("the model's head is its embedding, too: leave head out of what is adapted")
     absent = [target for target in settings.targets if not _has(model, target)]
     if absent:
         known = " and ".join(target for target in TARGETS if _has(model, target))

@@ -260,7 +260,7 @@ def parameter_groups(config: KeyeVL2Config) -> Iterator[ParameterGroup]:
 
 
 def adapter_parameters(config: KeyeVL2Config, rank: int, targets: Sequence[str] = DEFAULT_TARGETS) -> int:
-    """Parameters of a LoRA adapter on the whole decoder: r (inputs + outputs) for every adapted matrix."""
+    """Parameters of a LoRA adapter: r (inputs + outputs) for every adapted matrix of the decoder and its head."""
     width = config.hidden_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     sides = 0
@@ -271,7 +271,8 @@ def adapter_parameters(config: KeyeVL2Config, rank: int, targets: Sequence[str] 
         sides += config.num_experts * ((width + 2 * inner) + (inner + width))
     if not config.num_experts and "dense_mlp" in targets:
         sides += 3 * (width + config.intermediate_size)
-    return config.num_hidden_layers * rank * sides
+    head = width + config.vocab_size if "head" in targets else 0
+    return rank * (config.num_hidden_layers * sides + head)
 
 
 def _estimated(case: TrainingCase) -> TrainingEstimate:

@@ -101,8 +101,20 @@ def test_a_dense_sibling_is_adapted_too() -> None:
     assert_close(model(input_ids=ids).logits, merge(model)(input_ids=ids).logits, relative=1e-5)
 
 
+def test_a_head_is_adapted_where_it_is_not_the_embedding() -> None:
+    settings = LoraSettings(rank=2, targets=("head",))
+    model = adapted(settings)
+    assert set(lora_parameters(model)) == {"lm_head.lora_A", "lm_head.lora_B"}
+    ids = text(1, 20)
+    logits = model(input_ids=ids).logits
+    assert not torch.equal(logits, fresh()(input_ids=ids).logits)
+    assert_close(logits, merge(model)(input_ids=ids).logits, relative=1e-5)
+    with pytest.raises(UsageError, match="head is its embedding"):
+        add_lora(fresh(tie_word_embeddings=True), settings)
+
+
 def test_what_the_model_lacks_cannot_be_adapted() -> None:
-    with pytest.raises(UsageError, match="no experts to adapt: choose attention and dense_mlp"):
+    with pytest.raises(UsageError, match="no experts to adapt: choose attention and dense_mlp and head"):
         add_lora(fresh(num_experts=None), LoraSettings())
 
 

@@ -75,6 +75,7 @@ def test_what_learns_is_counted_as_in_the_model(config: KeyeVL2Config) -> None:
         (tiny(), ("attention", "experts")),
         (tiny(), ("attention",)),
         (tiny(), ("experts",)),
+        (tiny(), ("attention", "head")),
         (dense(), ("attention", "dense_mlp")),
     ],
     ids=str,
@@ -83,9 +84,12 @@ def test_an_adapter_has_as_many_parameters_as_its_matrices_have_sides(
     config: KeyeVL2Config, targets: tuple[str, ...]
 ) -> None:
     names = {"attention": r"self_attn\.[qkvo]_proj", "experts": "experts", "dense_mlp": r"mlp\.\w+_proj"}
+    names["head"] = r"^lm_head"
     sides = 0
     for name, parameter in empty_model(config).named_parameters():
-        if name.startswith("model.layers.") and any(re.search(names[target], name) for target in targets):
+        if name.startswith(("model.layers.", "lm_head")) and any(
+            re.search(names[target], name) for target in targets
+        ):
             experts = parameter.shape[0] if parameter.dim() == 3 else 1
             sides += experts * sum(parameter.shape[-2:])
     assert adapter_parameters(config, 5, targets) == 5 * sides
