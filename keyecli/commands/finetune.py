@@ -294,7 +294,7 @@ def _stepper(on_progress: ProgressReport) -> Any:
             f"step {step}, loss {figures.entropy:.4f}{divergence}, {figures.tokens_per_s:,.0f} tokens/s, "
             f"{figures.peak_bytes / 2**30:.1f} GiB, fullest expert {figures.fullest_expert:.1f}x"
         )
-        left_s = figures.seconds / share * step * (1 - share) / max(1, step) if share else 0.0
+        left_s = figures.seconds * step * (1 - share) / share if share else 0.0
         on_progress(f"{words}, {left_s:.0f} s left" if share else words, share, 1.0)
         console.detail(words)
 

@@ -267,6 +267,7 @@ class _Run:
             optimizer=settings.optimizer,
             checkpointing=settings.checkpointing,
             patches_per_row=patches,
+            accumulates=settings.batch_tokens > settings.max_length * self.processes.count,
         )
         mean = sum(tokens) / len(tokens)
         total = int(mean * len(self.rows)) * settings.epochs

@@ -60,7 +60,7 @@ def trained(text: str) -> Trained:
     unknown = [name for name in names if name not in MAINS and name not in EXTRAS]
     if unknown:
         raise UsageError(
-            f"--train {unknown[0] or text!r} is not known; use {', '.join(MAINS)}, and with them vision, router"
+            f"--train {unknown[0] or repr(text)} is not known; use {', '.join(MAINS)}, and with them vision, router"
         )
     mains = [name for name in names if name in MAINS and name not in EXTRAS] or ["projector"]
     if len(mains) > 1:
