@@ -3,9 +3,9 @@
     python benchmarks/finetune_gpus.py --save one.pt
     torchrun --nproc-per-node 2 benchmarks/finetune_gpus.py --against one.pt [--shard]
 
-The released widths with random weights in bf16, `--layers` of them; a step has `--rows` rows of `--row-tokens` tokens, each a pack of
-its own. Steps have learning rate 0, so that all of them see the same weights. `--tiny` measures nothing: toy layers on the CPU. Prints one
-JSON object; `noise` is how far two steps of one process are apart, which atomic sums in bf16 allow.
+The released widths with random weights in bf16, `--layers` of them; a step has `--rows` rows of `--row-tokens` tokens, each a
+pack of its own. Steps have learning rate 0, so that all of them see the same weights. `--tiny` measures nothing: toy layers on
+the CPU. Prints one JSON object; `noise` is how far two steps of the same processes are apart, as sums in no fixed order make them.
 """
 
 from __future__ import annotations
