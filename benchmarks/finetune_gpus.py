@@ -5,7 +5,7 @@
 
 The released widths with random weights in bf16, `--layers` of them; a step has `--rows` rows of `--row-tokens` tokens, each a
 pack of its own. Steps have learning rate 0, so that all of them see the same weights. `--tiny` measures nothing: toy layers on
-the CPU. Prints one JSON object; `noise` is how far two steps of the same processes are apart, as sums in no fixed order make them.
+the CPU. Prints one JSON object; `noise` is how far two steps of the same processes are apart, whose sums have no fixed order.
 """
 
 from __future__ import annotations

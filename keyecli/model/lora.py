@@ -145,7 +145,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, dtype: torch.dtype | None
     """
     if any(isinstance(module, (LoraLinear, LoraExperts)) for module in model.modules()):
         raise ValueError("the model has adapters already")
-    if "head" in settings.targets and model.get_input_embeddings().weight is model.lm_head.weight:  # type: ignore[operator]
+    if "head" in settings.targets and model.get_input_embeddings().weight is model.lm_head.weight:  # type: ignore[operator, union-attr]
         raise UsageError("the model's head is its embedding, too: leave head out of what is adapted")
     absent = [target for target in settings.targets if not _has(model, target)]
     if absent:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 
 def test_the_longest_first_each_where_least_is_left() -> None:
-    assert best_fit_decreasing([3, 7, 5, 2, 4], 10) == [[1, 0], [2, 4]] + [[3]]
+    assert best_fit_decreasing([3, 7, 5, 2, 4], 10) == [[1, 0], [2, 4], [3]]
     assert best_fit_decreasing([5, 5, 5], 10) == [[0, 1], [2]]
     assert best_fit_decreasing([], 10) == []
     with pytest.raises(ValueError, match="11 tokens"):
