@@ -71,6 +71,7 @@ class Tiles:
     """The tiles of every kernel here on one kind of device."""
 
     attend: Tile
+    group_gradient: Tile
     query_gradient: Tile
     key_gradient: Tile
     gather: Tile
@@ -87,13 +88,14 @@ def tiles(capability: int, element_bytes: int) -> Tiles:
     """
     if capability == 0:
         small = Tile(16, 4, 1)
-        return Tiles(small, small, Tile(16, 4, 1, heads=4), small, small)
+        return Tiles(small, small, small, Tile(16, 4, 1, heads=4), small, small)
     if element_bytes == 4:
         low = Tile(16, 8, 1, heads=2)
-        return Tiles(low, low, low, Tile(32, 4, 1), Tile(32, 4, 1))
+        return Tiles(low, low, low, low, Tile(32, 4, 1), Tile(32, 4, 1))
     if capability == 90:
         return Tiles(
             attend=Tile(64, 4, 3, queries=8),
+            group_gradient=Tile(64, 8, 3),
             query_gradient=Tile(64, 8, 3),
             key_gradient=Tile(128, 8, 2, heads=4),
             gather=Tile(128, 4, 2),
@@ -101,6 +103,7 @@ def tiles(capability: int, element_bytes: int) -> Tiles:
         )
     return Tiles(
         attend=Tile(64, 8, 2),
+        group_gradient=Tile(32, 8, 2),
         query_gradient=Tile(32, 8, 2),
         key_gradient=Tile(64, 8, 2, heads=4),
         gather=Tile(64, 4, 2),
@@ -124,8 +127,8 @@ def sparse_attention(
     q: [B, T, H, d]; k, v: [B, S, G, d], any strides (prefixes of longer buffers are read in place), H = G · 1, 2, 4 or 8, d 16,
     32, 64 or 128, one of bf16, fp16 and fp32; k and v also FP8. indices: int [B, T, K], distinct keys of every query, −1 for
     none. Returns the output [B, T, H, d] in q's type and the natural logarithm of the softmax denominators, fp32 [B, T, H]; 0
-    and −inf for a query without keys. Gradients reach q, k and v through both, the same bits every time; with FP8 there are
-    none, ValueError where one is wanted.
+    and −inf for a query without keys. Gradients reach q, k and v through both, under `torch.use_deterministic_algorithms` the
+    same bits every time; with FP8 there are none, ValueError where one is wanted.
     """
     check(q, k, v, indices)
     if k.dtype != q.dtype and q.requires_grad and torch.is_grad_enabled():
@@ -237,12 +240,13 @@ def attention_gradients(
     lse_gradient: Tensor | None,
     dense: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. Those of keys and values are sums over queries, taken in fp32, chunk after chunk and in the
-    order of the queries, so they are repeatable."""
+    """Gradients of q, k and v. Those of keys and values are sums over queries, taken in fp32: as the groups of queries come,
+    which is fast, or, where `torch.use_deterministic_algorithms` asks for it, in the order of the queries, by a kernel that
+    goes through all groups for each tile of keys."""
     queries, heads, dim = q.shape[1:]
     keys, groups = k.shape[1:3]
     ratio, capability = heads // groups, device_capability(q.device)
-    cut = tiles(capability, q.element_size())
+    cut, repeatable = tiles(capability, q.element_size()), torch.are_deterministic_algorithms_enabled()
     out_gradient = out_gradient.contiguous()
     delta = torch.empty_like(lse)
     _delta_kernel[(triton.cdiv(lse.numel(), GROUP.value),)](
@@ -260,27 +264,29 @@ def attention_gradients(
         "ASSEMBLY": capability > 0,
     }  # fmt: skip
 
-    tile = cut.query_gradient
+    tile = cut.query_gradient if repeatable else cut.group_gradient
     heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
     for chunk in chunks(indices, keys, queries_of_group, "bitmap" if dense else "unions"):
         entries = chunk.tile_lists(tile.keys) if dense else chunk.unions()
-        _query_gradient_kernel[(heads // heads_of_tile * chunk.groups,)](
-            *given, q_gradient, *entries.pointers(), chunk.first_group, chunk.groups_per_sequence, queries, heads,
+        _group_gradient_kernel[(heads // heads_of_tile * chunk.groups,)](
+            *given, q_gradient, k_gradient, v_gradient, *entries.pointers(), chunk.first_group,
+            chunk.groups_per_sequence, queries, heads, keys,
             entries.keys.stride(0), entries.words.stride(0), *strides, *scales,
             **shape, HEADS=heads_of_tile, QUERIES=queries_of_group, KEYS=tile.keys, DENSE=dense,
+            KEY_GRADIENTS=not repeatable,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
-
-    tile = cut.key_gradient
-    heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
-    for chunk in chunks(indices, keys, queries_of_group, "bitmap"):
-        readers = chunk.reader_lists(tile.keys)
-        _key_gradient_kernel[(triton.cdiv(keys, tile.keys) * groups * q.shape[0],)](
-            *given, k_gradient, v_gradient, *readers.pointers(), chunk.first_group, chunk.groups_per_sequence, queries,
-            heads, keys, readers.keys.stride(0), readers.words.stride(0), *strides, *scales,
-            **shape, HEADS=heads_of_tile, QUERIES=queries_of_group, KEYS=tile.keys,
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-        )  # fmt: skip
+    if repeatable:
+        tile = cut.key_gradient
+        heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
+        for chunk in chunks(indices, keys, queries_of_group, "bitmap"):
+            readers = chunk.reader_lists(tile.keys)
+            _key_gradient_kernel[(triton.cdiv(keys, tile.keys) * groups * q.shape[0],)](
+                *given, k_gradient, v_gradient, *readers.pointers(), chunk.first_group, chunk.groups_per_sequence,
+                queries, heads, keys, readers.keys.stride(0), readers.words.stride(0), *strides, *scales,
+                **shape, HEADS=heads_of_tile, QUERIES=queries_of_group, KEYS=tile.keys,
+                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            )  # fmt: skip
     return q_gradient, k_gradient.to(k.dtype), v_gradient.to(v.dtype)
 
 
@@ -581,8 +587,8 @@ def _delta_kernel(out, out_gradient, lse_gradient, delta, rows, DIM: tl.constexp
     tl.store(delta + row, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_group", "groups_per_sequence", "tokens"])
-def _query_gradient_kernel(
+@triton.jit(do_not_specialize=["first_group", "groups_per_sequence", "tokens", "keys_of_all"])
+def _group_gradient_kernel(
     q,
     k,
     v,
@@ -590,6 +596,8 @@ def _query_gradient_kernel(
     lse,
     delta,
     q_gradient,
+    k_gradient,
+    v_gradient,
     entries,
     words_of_entries,
     counts,
@@ -597,6 +605,7 @@ def _query_gradient_kernel(
     groups_per_sequence,
     tokens,
     heads,
+    keys_of_all,
     entry_stride,
     word_stride,
     q_batch,
@@ -616,10 +625,12 @@ def _query_gradient_kernel(
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     DENSE: tl.constexpr,
+    KEY_GRADIENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Gradients of the queries of a group, over the same tiles as the forward pass."""
+    """Gradients of the queries of a group, over the same tiles as the forward pass; with KEY_GRADIENTS also what the group adds
+    to those of its keys and values, by atomics, since other groups add to the same at any time."""
     ROWS: tl.constexpr = QUERIES * HEADS
     parts = heads // HEADS
     first_head = (tl.program_id(0) % parts) * HEADS
@@ -673,8 +684,15 @@ def _query_gradient_kernel(
         logits = _only_selected(logits, words[None, :], bits[:, None], ASSEMBLY)
         weights = tl.exp2(logits * scale - base[:, None])
         towards = tl.dot(gradients, tl.trans(value_rows), input_precision=PRECISION)
-        logit_gradients = weights * (towards - row_delta[:, None])
-        result = tl.dot(logit_gradients.to(key_rows.dtype), key_rows, result, input_precision=PRECISION)
+        logit_gradients = (weights * (towards - row_delta[:, None])).to(key_rows.dtype)
+        result = tl.dot(logit_gradients, key_rows, result, input_precision=PRECISION)
+        if KEY_GRADIENTS:
+            sums = ((batch * keys_of_all + key_places) * (heads // RATIO) + key_head) * DIM + dims[None, :]
+            chosen = (words != 0)[:, None]
+            v_part = tl.dot(tl.trans(weights.to(gradients.dtype)), gradients, input_precision=PRECISION)
+            tl.atomic_add(v_gradient + sums, v_part, mask=chosen, sem="relaxed")
+            k_part = tl.dot(tl.trans(logit_gradients), queries, input_precision=PRECISION) * plain_scale
+            tl.atomic_add(k_gradient + sums, k_part, mask=chosen, sem="relaxed")
         keys = next_keys
         if DENSE:
             words = next_words
@@ -854,10 +872,16 @@ def compile_cases(capability: int) -> list[CompileCase]:
         if dim == 128:
             launches += [
                 (
+                    "group gradient union",
+                    _group_gradient_kernel,
+                    cut.group_gradient,
+                    {**grouped, "DENSE": False, "KEY_GRADIENTS": True},
+                ),
+                (
                     "query gradient union",
-                    _query_gradient_kernel,
+                    _group_gradient_kernel,
                     cut.query_gradient,
-                    {**grouped, "DENSE": False},
+                    {**grouped, "DENSE": False, "KEY_GRADIENTS": False},
                 ),
                 ("key gradient", _key_gradient_kernel, cut.key_gradient, grouped),
                 ("gather", _gather_kernel, cut.gather, shape),
@@ -867,7 +891,18 @@ def compile_cases(capability: int) -> list[CompileCase]:
             dense = {**grouped, "DENSE": True}
             launches += [
                 ("attend dense", _attend_kernel, cut.attend, dense),
-                ("query gradient dense", _query_gradient_kernel, cut.query_gradient, dense),
+                (
+                    "group gradient dense",
+                    _group_gradient_kernel,
+                    cut.group_gradient,
+                    {**dense, "KEY_GRADIENTS": True},
+                ),
+                (
+                    "query gradient dense",
+                    _group_gradient_kernel,
+                    cut.query_gradient,
+                    {**dense, "KEY_GRADIENTS": False},
+                ),
                 ("delta", _delta_kernel, Tile(0, 4, 3), {"DIM": dim, "HAS_LSE": True}),
             ]
         cases += [
