@@ -124,6 +124,14 @@ def finetune(
             help="Compute layers twice in the place of keeping them.",
         ),
     ] = True,
+    deterministic: Annotated[
+        bool,
+        _option(
+            "Run",
+            "--deterministic/--no-deterministic",
+            help="The same bits every time on a GPU, too, where sums otherwise come in any order; slower.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, _option("Run", "--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
@@ -214,6 +222,7 @@ def finetune(
         eval_steps=eval_steps,
         optimizer=optimizer,
         checkpointing=checkpointing,
+        deterministic=deterministic,
         shard=shard,
         workers=workers,
         strict=strict,

@@ -120,7 +120,12 @@ def choose_method(batch: int, queries: int, keys: int, length: int) -> Method:
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, method: Method | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    method: Method | None = None,
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of every query over its own keys; `reference.attend_indices` is the definition.
 
@@ -128,7 +133,8 @@ def sparse_attention(
     32, 64 or 128, one of bf16, fp16 and fp32; k and v also FP8. indices: int [B, T, K], distinct keys of every query, −1 for
     none. Returns the output [B, T, H, d] in q's type and the natural logarithm of the softmax denominators, fp32 [B, T, H]; 0
     and −inf for a query without keys. Gradients reach q, k and v through both, under `torch.use_deterministic_algorithms` the
-    same bits every time; with FP8 there are none, ValueError where one is wanted.
+    same bits every time; with FP8 there are none, ValueError where one is wanted. found: both results where they are known, so
+    that only gradients remain to be computed.
     """
     check(q, k, v, indices)
     if k.dtype != q.dtype and q.requires_grad and torch.is_grad_enabled():
@@ -137,7 +143,7 @@ def sparse_attention(
         )
     if method is None:
         method = choose_method(q.shape[0], q.shape[1], k.shape[1], indices.shape[-1])
-    out, lse = SparseAttention.apply(q, k, v, indices, method)
+    out, lse = SparseAttention.apply(q, k, v, indices, method, found)
     return out, lse
 
 
@@ -167,16 +173,17 @@ class SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, method: Method
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor,
+        method: Method,
+        found: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = rows_of(q), rows_of(k), rows_of(v)
         indices = indices.to(torch.int32).contiguous()
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        if method == "gather":
-            attend_gathered(q, k, v, indices, out, lse)
-        else:
-            attend_grouped(q, k, v, indices, out, lse, method == "dense")
+        out, lse = found or _attend(q, k, v, indices, method)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, indices, out, lse)
         ctx.dense = method == "dense"
@@ -191,7 +198,17 @@ class SparseAttention(torch.autograd.Function):
         if out_gradient is None:
             out_gradient = torch.zeros_like(out)
         gradients = attention_gradients(q, k, v, indices, out, lse, out_gradient, lse_gradient, ctx.dense)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if method == "gather":
+        attend_gathered(q, k, v, indices, out, lse)
+    else:
+        attend_grouped(q, k, v, indices, out, lse, method == "dense")
+    return out, lse
 
 
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor) -> None:

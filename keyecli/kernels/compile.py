@@ -27,6 +27,7 @@ MODULES = (
     "linear",
     "quantized",
     "quantized_experts",
+    "lora_experts",
 )
 # The most shared memory that one block may ask for, in bytes, by compute capability.
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}

@@ -72,15 +72,21 @@ def select_keys(
 
 
 def attend_indices(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, backend: Backend | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    backend: Backend | None = None,
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attend_indices`: differentiable, with the logarithms of the denominators."""
+    """`reference.attend_indices`: differentiable, with the logarithms of the denominators. found: both results, where they are
+    known from before and the kernels need but their gradients."""
     if backend_of(q, backend) == "reference":
         return reference.attend_indices(q, k, v, indices)
     with _naming("sparse attention", q.device):
         from keyecli.kernels import attention
 
-        return attention.sparse_attention(q, k, v, indices)
+        return attention.sparse_attention(q, k, v, indices, found=found)
 
 
 def attended(

@@ -493,7 +493,7 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
     down: [E, F, D]. Returns [T, D]. Rows are sorted by expert and multiplied group by group; the sum over a token's
     experts is taken in a fixed order, so the result is repeatable.
     """
-    order, ends = _by_expert(experts, gate_up.shape[0])
+    order, ends = by_expert(experts, gate_up.shape[0])
     rows = x[order // experts.shape[1]]
     gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
     return _combined(F.grouped_mm(F.silu(gate) * up, down, offs=ends), order, weights)
@@ -514,22 +514,20 @@ def lora_experts(
     gate_up_factors: A [E, D, r] and B [E, r, 2F]; down_factors: A [E, F, r] and B [E, r, D], of any floating type; None leaves a
     matrix as it is. Differentiable in x, weights and the factors; the factors of an expert without rows get zeros.
     """
-    order, ends = _by_expert(experts, gate_up.shape[0])
+    order, ends = by_expert(experts, gate_up.shape[0])
     rows = x[order // experts.shape[1]]
-    gate, up = _adapted_rows(rows, gate_up, gate_up_factors, scale, ends).chunk(2, dim=-1)
-    return _combined(_adapted_rows(F.silu(gate) * up, down, down_factors, scale, ends), order, weights)
+    gate, up = adapted_rows(rows, gate_up, gate_up_factors, scale, ends).chunk(2, dim=-1)
+    return _combined(adapted_rows(F.silu(gate) * up, down, down_factors, scale, ends), order, weights)
 
 
-def _by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Choices [T, k] → their places sorted by expert, int64 [T · k], and where each expert's end, int32 [E]."""
     order = experts.flatten().argsort(stable=True)
     counts = F.one_hot(experts.flatten(), num_experts).sum(0)
     return order, counts.cumsum(0).to(torch.int32)
 
 
-def _adapted_rows(
-    rows: Tensor, weight: Tensor, factors: LowRank | None, scale: float, ends: Tensor
-) -> Tensor:
+def adapted_rows(rows: Tensor, weight: Tensor, factors: LowRank | None, scale: float, ends: Tensor) -> Tensor:
     """Sorted rows [R, K] times their experts' weight [E, K, N] + scale · A [E, K, r] · B [E, r, N] → [R, N]."""
     product = F.grouped_mm(rows, weight, offs=ends)
     if factors is None:
@@ -543,6 +541,10 @@ def _adapted_rows(
 
 def _combined(routed: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Rows [T · k, D] in the places of `order` → each token's sum by its weights fp32 [T, k], in its slots' order: [T, D]."""
-    restore = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    per_token = routed[restore].unflatten(0, weights.shape)
+    per_token = routed[inverse(order)].unflatten(0, weights.shape)
     return (per_token * weights.to(routed.dtype).unsqueeze(-1)).sum(1)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Of places int64 [n], each once: where each number stands."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from keyecli.kernels import dispatch, reference
+from keyecli.kernels import dispatch, kept, reference
 from keyecli.kernels.quantized_weights import QuantizedMatrix
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
@@ -241,11 +241,17 @@ class SparseAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput, context: AttentionContext
     ) -> tuple[Tensor, Tensor | None]:
         """All queries over the lists of their selected keys, by the kernels: nothing T × S is held."""
-        with torch.no_grad():
-            indices = dispatch.select_keys(*index, self.top_k, context.segments, backend="triton")
+        if not torch.is_grad_enabled():
+            return dispatch.attended(q, k, v, self._selected(index, context), "triton"), None
+        if found := kept.taken():
+            indices = found[0]
+            output, lse = dispatch.attend_indices(q, k, v, indices, "triton", found=(found[1], found[2]))
+        else:
+            indices = self._selected(index, context)
+            output, lse = dispatch.attend_indices(q, k, v, indices, "triton")
+            kept.keep(indices, output, lse)
         if not context.teach_indexer:
-            return dispatch.attended(q, k, v, indices, "triton"), None
-        output, lse = dispatch.attend_indices(q, k, v, indices, "triton")
+            return output, None
         teacher = dispatch.selected_probabilities(q.detach(), k.detach(), indices, lse.detach(), "triton")
         divergences = []
         for begin in range(0, q.shape[1], self.query_chunk):
@@ -258,6 +264,11 @@ class SparseAttention(nn.Module):
             )  # fmt: skip
             divergences.append(divergence)
         return output, torch.cat(divergences, dim=1)
+
+    def _selected(self, index: IndexerOutput, context: AttentionContext) -> Tensor:
+        """The lists of selected keys, which have no gradients."""
+        with torch.no_grad():
+            return dispatch.select_keys(*index, self.top_k, context.segments, backend="triton")
 
     def _listed_divergence(self, q: Tensor, w: Tensor, k: Tensor, indices: Tensor, teacher: Tensor) -> Tensor:
         """The indexer's divergence over lists of keys."""

@@ -201,6 +201,24 @@ class TrainingEstimate:
         """What the run will still ask of a device."""
         return self.total_bytes - (self.weights_bytes if weights_loaded else 0)
 
+    def room_bytes(self, free_bytes: int | None) -> int:
+        """What is left beside the run, once its weights are loaded, for attention's findings (`kernels.kept`), of which there is
+        no more than `found_bytes`; none where memory is not the device's own."""
+        if free_bytes is None or not self.case.by_kernels:
+            return 0
+        return max(0, min(self.found_bytes, free_bytes - self.needed_bytes(weights_loaded=True)))
+
+    @property
+    def found_bytes(self) -> int:
+        """What attention finds in all layers: lists of selected keys, outputs, denominators."""
+        config, tokens = self.case.config, self.case.pack_tokens
+        if config.sa_config is None:
+            return 0
+        heads = config.num_attention_heads
+        selected = min(config.sa_config["topk"], tokens) * 4
+        outputs = heads * (config.head_dim * self.case.width + FP32_BYTES)
+        return tokens * (selected + outputs) * config.num_hidden_layers
+
     def check(self, free_bytes: int | None, weights_loaded: bool = False) -> None:
         """MemoryLimitError when it does not fit, which says what would; `free_bytes` None: unknown."""
         if free_bytes is None or self.needed_bytes(weights_loaded) <= free_bytes:

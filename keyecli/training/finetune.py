@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -78,6 +79,7 @@ class FinetuneSettings:
     eval_steps: int = 0
     optimizer: str = "adamw"
     checkpointing: bool = True
+    deterministic: bool = False
     shard: bool | None = None
     workers: int = 0
     strict: bool = False
@@ -176,7 +178,7 @@ def finetune(
     KeyboardInterrupt after a checkpoint was saved.
     """
     _refuse(files, settings)
-    with joined(files.device, settings.shard) as (processes, device):
+    with _deterministic(settings.deterministic), joined(files.device, settings.shard) as (processes, device):
         if on_start:
             on_start(processes)
         rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
@@ -184,6 +186,22 @@ def finetune(
         _require_folder(out, resume, overwrite, processes)
         run = _Run(replace(files, device=device), rows, held_out, out, settings, processes, frame_cache)
         return run.go(resume, on_estimate, on_step)
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch and our kernels add up in a fixed order."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads it when it is first used, and torch refuses to go without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class _Run:
@@ -221,6 +239,9 @@ class _Run:
         estimate.memory.check(free_memory_bytes(self.files.device))
         with memory_limits(self.files.device), ExitStack() as stack:
             self._load(planner)
+            self.trainer.network.keeper.room_bytes = estimate.memory.room_bytes(
+                free_memory_bytes(self.files.device)
+            )
             step, position = self._resume() if resume else (0, Position())
             metrics = self._metrics(stack, step if resume else None)
             held_out = self._held_out_rows()

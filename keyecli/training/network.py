@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keyecli.errors import UsageError
+from keyecli.kernels.kept import Keeper
 from keyecli.model.decoder import DecoderLayer
 from keyecli.model.keye import IGNORED_LABEL, LOSS_CHUNK_TOKENS, KeyeVL2ForConditionalGeneration
 from keyecli.model.moe import SparseMoE
@@ -119,6 +120,7 @@ class Network(nn.Module):
         super().__init__()
         self.model = model
         self.what = what
+        self.keeper = Keeper()
         self.loads: dict[int, Tensor] = {}
         self._router_logits: dict[int, Tensor] = {}
         for number, layer in enumerate(model.model.layers):
@@ -131,8 +133,10 @@ class Network(nn.Module):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def checkpoint_activations(self) -> None:
-        """Recompute each layer in the backward pass: only its input is kept."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Recompute each layer in the backward pass: only its input is kept, and what its attention found while there is room
+        (`self.keeper.room_bytes`, none at first)."""
+        how = {"use_reentrant": False, "context_fn": self.keeper.contexts}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
     def forward(self, batch: Pack, sight: Sight, measuring: bool = False) -> Sums:
         """A pack whose tensors are on the model's device. measuring: as the model answers, whatever learns."""

@@ -11,20 +11,20 @@ from torch import Tensor
 from keyecli.kernels import lora_experts as kernels
 from keyecli.kernels import reference
 from tests.compare import assert_close
+from tests.kernels.on_device import DEVICE
 
 TOKENS, WIDTH, INNER, EXPERTS, CHOSEN, RANK = 50, 64, 32, 5, 2, 8
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def operands(device: str) -> dict[str, Any]:
+def operands() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.3).to(device).requires_grad_()
+        return (torch.randn(*shape, generator=generator) * 0.3).to(DEVICE).requires_grad_()
 
     logits = torch.randn(TOKENS, EXPERTS, generator=generator)
     logits[:, 3] = -100.0  # an expert without rows
-    weights, experts = reference.route(logits.to(device), CHOSEN, True)
+    weights, experts = reference.route(logits.to(DEVICE), CHOSEN, True)
     return {
         "x": drawn(TOKENS, WIDTH),
         "weights": weights.requires_grad_(),
@@ -42,11 +42,10 @@ def gradients(output: Tensor, values: dict[str, Any]) -> list[Tensor]:
     return list(torch.autograd.grad(output.square().sum(), learnt))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block", [7, 64], ids=["blocks", "whole"])
-def test_blocks_are_the_definition(device: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_the_definition(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_TOKENS", block)
-    values = operands(device)
+    values = operands()
     expected = reference.lora_experts(**values)
     output = kernels.lora_experts(**values)
     assert_close(output, expected, relative=1e-5)
@@ -56,7 +55,7 @@ def test_blocks_are_the_definition(device: str, block: int, monkeypatch: pytest.
 
 def test_an_expert_without_rows_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_TOKENS", 7)
-    values = operands("cpu")
+    values = operands()
     for gradient in gradients(kernels.lora_experts(**values), values)[2:]:
         assert not gradient[3].any()
         assert gradient[0].any()

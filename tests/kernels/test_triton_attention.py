@@ -310,7 +310,11 @@ def test_groups_of_the_other_size(
     def tiles(capability: int, element_bytes: int) -> kernels.Tiles:
         cut = original(capability, element_bytes)
         names = ("attend", "group_gradient", "query_gradient", "key_gradient")
-        others = {name: replace(tile, queries=24 - tile.queries) for name, tile in vars(cut).items() if name in names}
+        others = {
+            name: replace(tile, queries=24 - tile.queries)
+            for name, tile in vars(cut).items()
+            if name in names
+        }
         return replace(cut, **others)
 
     monkeypatch.setattr(kernels, "tiles", tiles)
