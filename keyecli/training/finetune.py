@@ -40,6 +40,7 @@ from keyecli.training.feed import PlannedRow, Planner, Position, Step, steps
 from keyecli.training.frames import DecodePool, RowFrames
 from keyecli.training.metrics import Metrics, read_metrics
 from keyecli.training.network import Network, Trained, freeze
+from keyecli.training.packing import pack_tokens
 from keyecli.training.plot import loss_plot
 from keyecli.training.samples import answer_rows
 from keyecli.training.schedule import LEARNING_RATES, Schedule
@@ -273,7 +274,8 @@ class _Run:
                 f"no row of {self.rows.path} can be trained on: `keye data check` says what is wrong with each"
             )
         tokens = [row.example.tokens for row in known] or [settings.max_length]
-        longest = min(settings.max_length, max(sum(tokens), max(tokens)))
+        whole = min(settings.max_length, max(sum(tokens), max(tokens)))
+        longest = pack_tokens(tokens, whole, files.kernels)
         patches = max((row.example.visual_tokens * 4 for row in known), default=None)
         memory = estimate_training(
             files.config,

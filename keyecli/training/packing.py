@@ -14,6 +14,8 @@ from torch import Tensor
 from keyecli.model.keye import IGNORED_LABEL
 from keyecli.training.examples import Example
 
+SHORT_PACK_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -56,6 +58,12 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         bins[fullest].append(place)
         room[fullest] -= length
     return bins
+
+
+def pack_tokens(lengths: Sequence[int], capacity: int, kernels: str) -> int:
+    """The longest pack of rows of these lengths: `capacity` by the kernels. The definitions compute what a mask hides like all
+    the rest, so with them no pack is longer than the longest row, or `SHORT_PACK_TOKENS`."""
+    return capacity if kernels == "triton" else min(capacity, max(SHORT_PACK_TOKENS, *lengths))
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:

@@ -23,7 +23,7 @@ from keyecli.training.examples import Example
 from keyecli.training.feed import PlannedRow, Planner, Step
 from keyecli.training.network import Network, Sight, loss_of, moved, row_losses
 from keyecli.training.optimizer import MasterAdamW
-from keyecli.training.packing import Pack, best_fit_decreasing, pack, share_out
+from keyecli.training.packing import Pack, best_fit_decreasing, pack, pack_tokens, share_out
 from keyecli.training.recall import watching
 from keyecli.training.schedule import Schedule
 from keyecli.training.sight import see, together
@@ -200,7 +200,7 @@ class Trainer:
     def _packs(self, step: Step) -> tuple[list[tuple[Pack, Sight]], Figures]:
         """This process's packs of a step, looked at."""
         lengths = [row.example.tokens for row in step.rows]
-        bins = best_fit_decreasing(lengths, self.capacity)
+        bins = best_fit_decreasing(lengths, pack_tokens(lengths, self.capacity, self.loaded.kernels))
         visual = [sum(step.rows[place].example.visual_tokens for place in places) for places in bins]
         whole = [sum(lengths[place] for place in places) for places in bins]
         # Tokens of frames cost twice: in the tower and in the decoder.

@@ -277,3 +277,27 @@ def test_only_the_same_run_is_resumed(data: Path, tiny_checkpoint: Path, keye: K
     data.write_text(data.read_text() + "\n", encoding="utf-8")
     code, _, err = keye(*arguments(data, tiny_checkpoint, "run", "--steps", "2", "--resume"))
     assert (code, "is not the data that the run in run began with" in err) == (2, True)
+
+
+def test_sums_in_a_fixed_order(
+    data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU adds up in one order anyway: the same bits with and without, and torch was asked for it as long as the run took."""
+    from keyecli.training.trainer import Trainer
+
+    asked: list[bool] = []
+    step = Trainer.step
+
+    def watched(*positional: Any, **named: Any) -> Any:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return step(*positional, **named)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    weights = []
+    for out, more in (("plain", ()), ("ordered", ("--deterministic",))):
+        code, _, err = keye(*arguments(data, tiny_checkpoint, out, "--steps", "1", *more))
+        assert (code, err) == (0, "")
+        weights.append((folder / out / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert asked == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()

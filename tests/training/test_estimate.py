@@ -256,3 +256,16 @@ def test_all_of_it_as_plain_data_and_as_a_sentence(large: KeyeVL2Config) -> None
 def test_an_optimiser_that_there_is_not(large: KeyeVL2Config) -> None:
     with pytest.raises(UsageError, match="--optimizer sgd is not known; use adamw, adamw8bit"):
         estimated(large, optimizer="sgd")
+
+
+def test_room_for_what_attention_found(large: KeyeVL2Config) -> None:
+    """The lists of 2,048 keys, outputs and denominators of 32 heads, in each of 48 layers: 16,512 bytes a token."""
+    found = estimated(large)
+    assert found.found_bytes == 48 * 32768 * (2048 * 4 + 32 * (128 * 2 + 4))
+    needed = found.total_bytes - found.weights_bytes
+    assert found.room_bytes(needed - 1) == 0
+    assert found.room_bytes(needed + 1000) == 1000
+    assert found.room_bytes(needed + 2 * found.found_bytes) == found.found_bytes
+    assert found.room_bytes(None) == 0
+    assert estimated(large, device="cpu").room_bytes(2**50) == 0
+    assert estimated(dense(), dtype="fp32", pack_tokens=64).room_bytes(2**50) == 0

@@ -16,12 +16,19 @@ from keyecli.engine.stream import visual_of
 from keyecli.tasks.options import ask_settings
 from keyecli.training.examples import Example, lay_out_row, plan_row
 from keyecli.training.network import Network, freeze, loss_of, row_losses, trained
-from keyecli.training.packing import best_fit_decreasing, pack, share_out
+from keyecli.training.packing import best_fit_decreasing, pack, pack_tokens, share_out
 from keyecli.training.sight import see, together
 from tests.compare import assert_close
 from tests.training.rows import text_row, video_row
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def test_packs_are_short_where_what_is_masked_costs_as_much() -> None:
+    assert pack_tokens([100, 2000, 300], 32768, "triton") == 32768
+    assert pack_tokens([100, 2000, 300], 32768, "reference") == 2000
+    assert pack_tokens([100, 300], 32768, "reference") == 512
+    assert pack_tokens([100, 300], 400, "reference") == 400
 
 
 def test_the_longest_first_each_where_least_is_left() -> None:
