@@ -5,7 +5,7 @@
 #     examples/rebuild_indexer.sh [FOLDER]
 #
 # FOLDER (default: runs/rebuild_indexer) gets the clips, the models of each stage and the figures. Ends with 1 when a layer's indexer
-# selects less than 0.95 of what attention looks at, or when nano's table does not come back.
+# selects less than 0.95 of what the best selection would, or when nano's table does not come back.
 set -eu
 here=$(dirname "$0")
 out=${1:-runs/rebuild_indexer}

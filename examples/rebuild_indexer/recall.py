@@ -1,7 +1,8 @@
 """How much attention falls on what each layer's indexer selects: `python examples/rebuild_indexer/recall.py METRICS.jsonl …`.
 
 The files are `metrics.jsonl` of runs of `keye finetune --train indexer` or `sparse` with `--eval-data`; their held-out rows
-before and after each run become a table. Ends with 1 where the last run leaves a layer below `--least`.
+before and after each run become a table, as shares of what the best selection of as many keys would hold, which stands in the
+last column: where a layer looks everywhere, no indexer finds more. Ends with 1 where the last run leaves a layer below `--least`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import json
 from pathlib import Path
 
 
-def recalls(metrics: Path) -> tuple[list[float], list[float]]:
-    """Of every layer, before the run and after it."""
+def recalls(metrics: Path) -> list[tuple[list[float], list[float]]]:
+    """Before the run and after it: of every layer the recall, and the best possible."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    measured = [row["indexer_recall"] for row in rows if row["kind"] == "eval"]
-    return measured[0], measured[-1]
+    measured = [(row["indexer_recall"], row["best_recall"]) for row in rows if row["kind"] == "eval"]
+    return [measured[0], measured[-1]]
 
 
 def main() -> None:
@@ -23,15 +24,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("metrics", type=Path, nargs="+")
-    parser.add_argument("--least", type=float, default=0.95, help="recall of each layer")
+    parser.add_argument(
+        "--least", type=float, default=0.95, help="share of each layer's best possible recall"
+    )
     arguments = parser.parse_args()
     runs = [recalls(path) for path in arguments.metrics]
     stages = [runs[0][0], *(after for _, after in runs)]
-    titles = ["before", *(path.parent.name for path in arguments.metrics)]
+    titles = ["before", *(path.parent.name for path in arguments.metrics), "recall", "best possible"]
     print(f"| layer | {' | '.join(titles)} |\n| --- |{' --- |' * len(titles)}")
-    for layer, values in enumerate(zip(*stages, strict=True)):
-        print(f"| {layer} | {' | '.join(f'{value:.3f}' for value in values)} |")
-    low = [layer for layer, value in enumerate(stages[-1]) if value < arguments.least]
+    low = []
+    for layer in range(len(stages[0][0])):
+        shares = [own[layer] / best[layer] for own, best in stages]
+        last = [of_all[layer] for of_all in stages[-1]]
+        print(f"| {layer} | {' | '.join(f'{value:.3f}' for value in shares + last)} |")
+        if shares[-1] < arguments.least:
+            low.append(layer)
     if low:
         print(f"layers below {arguments.least}: {', '.join(map(str, low))}")
     raise SystemExit(1 if low else 0)

@@ -22,14 +22,21 @@ class Recall:
 
     def __init__(self, decoder: TextDecoder) -> None:
         layers = len(decoder.layers)
-        self._mass, self._queries = [0.0] * layers, [0] * layers
+        self._mass, self._best_mass, self._queries = [0.0] * layers, [0.0] * layers, [0] * layers
 
     @property
     def layers(self) -> list[float | None]:
         """One share for each layer, None where no query had more keys than are selected."""
+        return self._shares(self._mass)
+
+    @property
+    def best(self) -> list[float | None]:
+        """The same if each query selected the keys of most weight: where attention looks everywhere, no indexer does better."""
+        return self._shares(self._best_mass)
+
+    def _shares(self, masses: list[float]) -> list[float | None]:
         return [
-            mass / queries if queries else None
-            for mass, queries in zip(self._mass, self._queries, strict=True)
+            mass / queries if queries else None for mass, queries in zip(masses, self._queries, strict=True)
         ]
 
     def see(self, layer: int, q: Tensor, k: Tensor, index: IndexerOutput, top_k: int, chunk: int) -> None:
@@ -42,6 +49,7 @@ class Recall:
             scores = reference.index_scores(index[0][:, begin:end], index[1][:, begin:end], index[2][:, :end])
             selected = reference.select_top_k(scores, visible, top_k)
             self._mass[layer] += float((weights * selected).sum())
+            self._best_mass[layer] += float(weights.topk(top_k, dim=-1).values.sum())
             self._queries[layer] += end - begin
 
 

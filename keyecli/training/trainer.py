@@ -32,6 +32,8 @@ Look = Callable[[PlannedRow], LoadedModel]
 """What a row's frames are read with: the model, perhaps with a reader that has decoded them before."""
 
 HELD_OUT_ROWS = 64
+# Of each layer the indexer's recall, and the best possible.
+Recalls = tuple[list[float | None], list[float | None]]
 
 
 class NotFiniteError(KeyeError):
@@ -64,12 +66,13 @@ class Figures:
 @dataclass(frozen=True)
 class HeldOut:
     """What held-out rows came to: mean entropy of a learnt token, share of rows whose learnt tokens are all the likeliest ones
-    (as teacher-forced decoding would write them), and the indexer's recall of each layer."""
+    (as teacher-forced decoding would write them), and the indexer's recall of each layer beside the best possible."""
 
     loss: float
     exact: float
     rows: int
     indexer_recall: list[float | None] | None = None
+    best_recall: list[float | None] | None = None
 
 
 class Trainer:
@@ -168,7 +171,7 @@ class Trainer:
             return None
         self._evaluating()
         processes, totals = self.processes, torch.zeros(4, device=self.device)
-        recalls: list[list[float | None]] = []
+        recalls: list[Recalls] = []
         for place in range(0, len(rows), processes.count):
             # A process without a row of its own computes along without being counted: shards need everyone.
             counted = place + processes.rank < len(rows)
@@ -182,20 +185,25 @@ class Trainer:
                 recalls.append(recall)
         processes.sum(totals)
         entropy, learnt, right, count = totals.tolist()
-        gathered = [layers for part in processes.gathered(recalls) for layers in part]  # type: ignore[attr-defined]
+        gathered = [row for part in processes.gathered(recalls) for row in part]  # type: ignore[attr-defined]
         return HeldOut(
-            entropy / max(1.0, learnt), right / max(1.0, count), int(count), _mean_of_layers(gathered)
+            entropy / max(1.0, learnt),
+            right / max(1.0, count),
+            int(count),
+            _mean_of_layers([own for own, _ in gathered]),
+            _mean_of_layers([best for _, best in gathered]),
         )
 
-    def _measure(self, batch: Pack, sight: Sight) -> tuple[float, float, list[float | None]]:
-        """Summed entropy of a row, 1 when every learnt token is the likeliest, and the recall of each layer."""
+    def _measure(self, batch: Pack, sight: Sight) -> tuple[float, float, Recalls]:
+        """Summed entropy of a row, 1 when every learnt token is the likeliest, and the recalls of each layer."""
         decoder = self.loaded.model.model
         watched = watching(decoder) if self.network.what.teaches_indexer else nullcontext()
         with watched as recall:
             sums = self.network(batch, sight, measuring=True)
         assert sums.likeliest is not None
         right = float(sums.likeliest.all())
-        return float(sums.entropies.sum()), right, recall.layers if recall is not None else []
+        recalls = ([], []) if recall is None else (recall.layers, recall.best)
+        return float(sums.entropies.sum()), right, recalls
 
     def _packs(self, step: Step) -> tuple[list[tuple[Pack, Sight]], Figures]:
         """This process's packs of a step, looked at."""
