@@ -68,7 +68,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of every kernel here on one kind of device."""
+    """The tiles of every kernel here on one kind of device; group_gradient serves all gradients at once, query_gradient and
+    key_gradient those that are added up in order."""
 
     attend: Tile
     group_gradient: Tile
