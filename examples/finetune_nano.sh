@@ -1,7 +1,7 @@
 #!/bin/sh
 # keye-nano learns something new: a shape and a verb that it has never met, from 500 forged rows, on two CPU cores.
 #
-#     examples/finetune_nano.sh [FOLDER]
+#     PYTHON=.venv/bin/python examples/finetune_nano.sh [FOLDER]
 #
 # FOLDER (default: runs/finetune_nano) gets the data, the adapter and the figures. Ends with 1 when the held-out rows are not answered as
 # well as they should be, or when nano forgets what it knew.

@@ -224,6 +224,7 @@ class _Run:
         self.totals: dict[str, Any] = {"tokens": 0, "learnt_tokens": 0, "rows": 0, "seconds": 0.0, "peak": 0}
         self.last_loss = 0.0
         self.before: HeldOut | None = None
+        self.found: tuple[int, HeldOut | None, list[dict[str, Any]]] | None = None
 
     def go(
         self, resume: bool, on_estimate: Callable[[Estimate], None] | None, on_step: OnStep | None
@@ -253,9 +254,7 @@ class _Run:
                 DecodePool(settings.workers, exact_resize=settings.sampling.exact_resize)
             )
             step, position = self._train(pool, metrics, held_out, step, position, on_step)
-            after = self.trainer.held_out(held_out)
-            self._tell_held_out(metrics, step, after)
-            samples = self._samples(metrics, held_out, step)
+            after, samples = self._measured(metrics, held_out, step)
         return self._write(step, after, samples)
 
     def _bad(self, index: int, error: InputError) -> None:
@@ -372,8 +371,7 @@ class _Run:
                 if stopped:
                     raise KeyboardInterrupt
                 if settings.eval_steps and step % settings.eval_steps == 0:
-                    self._tell_held_out(metrics, step, trainer.held_out(held_out))
-                    self._samples(metrics, held_out, step)
+                    self._measured(metrics, held_out, step)
         if step > saved_step:
             self._save(step, position)
         return step, position
@@ -466,6 +464,16 @@ class _Run:
     def _tell_step(self, metrics: Metrics | None, step: int, figures: Figures) -> None:
         if metrics is not None:
             metrics.write("step", step, **asdict(figures), tokens_per_s=figures.tokens_per_s)
+
+    def _measured(
+        self, metrics: Metrics | None, held_out: Sequence[PlannedRow], step: int
+    ) -> tuple[HeldOut | None, list[dict[str, Any]]]:
+        """Figures of held-out rows and answers to a few, found and told once at a step."""
+        if self.found is None or self.found[0] != step:
+            figures = self.trainer.held_out(held_out)
+            self._tell_held_out(metrics, step, figures)
+            self.found = (step, figures, self._samples(metrics, held_out, step))
+        return self.found[1], self.found[2]
 
     def _tell_held_out(self, metrics: Metrics | None, step: int, measured: HeldOut | None) -> None:
         if metrics is not None and measured is not None:

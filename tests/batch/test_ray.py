@@ -117,11 +117,15 @@ def test_actors_and_their_processes_are_killed(
     import ray
 
     answer, killed = WorkerPool.answer, []
+    gone: list[Any] = []
 
     def kill_two(pool: WorkerPool, groups: Iterator[Sequence[Work]]) -> Iterator[Any]:
         for found in answer(pool, groups):
             busy = [worker.link.actor for worker in pool._workers if worker.ready and worker.groups]
+            # What was killed looks busy until the pool hears of it.
+            busy = [actor for actor in busy if actor not in gone]
             if busy and len(killed) < 2:
+                gone.append(busy[0])
                 pid = busy[0].__ray_call__.remote(lambda outpost: outpost._process.process.pid)
                 killed.append(ray.get(pid))
                 ray.kill(busy[0]) if len(killed) == 1 else os.kill(killed[1], signal.SIGKILL)

@@ -41,13 +41,15 @@ def metrics(out: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_an_adapter_with_its_card(data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path) -> None:
-    more = ("--epochs", "2", "--lr", "1e-2", "--rank", "8", "--eval-data", str(data), "--json")
+    held_out = ("--eval-data", str(data), "--eval-steps", "1")
+    more = ("--epochs", "2", "--lr", "1e-2", "--rank", "8", *held_out, "--json")
     code, out, err = keye(*arguments(data, tiny_checkpoint, "run", *more))
     assert (code, err) == (0, "")
     made = json.loads(out)
     steps = metrics(folder / "run", "step")
     assert made["schema"] == "keye.finetune/1"
     assert made["steps"] == len(steps) == steps[-1]["step"]
+    assert [row["step"] for row in metrics(folder / "run", "eval")] == list(range(len(steps) + 1))
     assert made["rows"] == 24
     assert made["left_out"] == 0
     assert made["tokens"] == sum(step["tokens"] for step in steps)
