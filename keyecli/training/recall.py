@@ -18,26 +18,31 @@ from keyecli.model.decoder import DecoderLayer, TextDecoder
 
 
 class Recall:
-    """Per layer the mean share of attention's weight, over all keys, that falls on the selected ones; of queries that select."""
+    """Per layer the mean share of attention's weight, over all keys, that falls on the selected ones; of queries that select.
 
-    def __init__(self, decoder: TextDecoder) -> None:
+    answers: bool [T], which queries write an answer: few among all, and those that count.
+    """
+
+    def __init__(self, decoder: TextDecoder, answers: Tensor) -> None:
         layers = len(decoder.layers)
+        self._answers = answers
         self._mass, self._best_mass, self._queries = [0.0] * layers, [0.0] * layers, [0] * layers
+        self._answer_mass, self._answer_queries = [0.0] * layers, [0] * layers
 
     @property
     def layers(self) -> list[float | None]:
         """One share for each layer, None where no query had more keys than are selected."""
-        return self._shares(self._mass)
+        return _shares(self._mass, self._queries)
 
     @property
     def best(self) -> list[float | None]:
         """The same if each query selected the keys of most weight: where attention looks everywhere, no indexer does better."""
-        return self._shares(self._best_mass)
+        return _shares(self._best_mass, self._queries)
 
-    def _shares(self, masses: list[float]) -> list[float | None]:
-        return [
-            mass / queries if queries else None for mass, queries in zip(masses, self._queries, strict=True)
-        ]
+    @property
+    def of_answers(self) -> list[float | None]:
+        """The same of queries that write an answer."""
+        return _shares(self._answer_mass, self._answer_queries)
 
     def see(self, layer: int, q: Tensor, k: Tensor, index: IndexerOutput, top_k: int, chunk: int) -> None:
         """Count what one layer attends with: q [1, T, H, d], k [1, T, G, d], and the indexer's output."""
@@ -48,15 +53,23 @@ class Recall:
             weights = reference.attention_probabilities(q[:, begin:end], k[:, :end], visible).mean(1)
             scores = reference.index_scores(index[0][:, begin:end], index[1][:, begin:end], index[2][:, :end])
             selected = reference.select_top_k(scores, visible, top_k)
-            self._mass[layer] += float((weights * selected).sum())
+            mass = (weights * selected).sum(-1)[0]
+            self._mass[layer] += float(mass.sum())
             self._best_mass[layer] += float(weights.topk(top_k, dim=-1).values.sum())
             self._queries[layer] += end - begin
+            answers = self._answers[begin:end]
+            self._answer_mass[layer] += float(mass[answers].sum())
+            self._answer_queries[layer] += int(answers.sum())
+
+
+def _shares(masses: list[float], queries: list[int]) -> list[float | None]:
+    return [mass / count if count else None for mass, count in zip(masses, queries, strict=True)]
 
 
 @contextmanager
-def watching(decoder: TextDecoder) -> Iterator[Recall]:
-    """Count everything that goes through the decoder in one piece, without a cache; the pass must be a sparse one."""
-    recall = Recall(decoder)
+def watching(decoder: TextDecoder, answers: Tensor) -> Iterator[Recall]:
+    """Count one row of T tokens that goes through the decoder in one piece, without a cache; the pass must be a sparse one."""
+    recall = Recall(decoder, answers)
     attentions = [cast(DecoderLayer, layer).self_attn for layer in decoder.layers]
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> None:

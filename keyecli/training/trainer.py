@@ -32,8 +32,8 @@ Look = Callable[[PlannedRow], LoadedModel]
 """What a row's frames are read with: the model, perhaps with a reader that has decoded them before."""
 
 HELD_OUT_ROWS = 64
-# Of each layer the indexer's recall, and the best possible.
-Recalls = tuple[list[float | None], list[float | None]]
+# By name, of each layer: what `HeldOut` has of the indexer.
+Recalls = dict[str, list[float | None]]
 
 
 class NotFiniteError(KeyeError):
@@ -66,13 +66,15 @@ class Figures:
 @dataclass(frozen=True)
 class HeldOut:
     """What held-out rows came to: mean entropy of a learnt token, share of rows whose learnt tokens are all the likeliest ones
-    (as teacher-forced decoding would write them), and the indexer's recall of each layer beside the best possible."""
+    (as teacher-forced decoding would write them), and of each layer the indexer's recall, the best possible, and that of tokens of
+    answers."""
 
     loss: float
     exact: float
     rows: int
     indexer_recall: list[float | None] | None = None
     best_recall: list[float | None] | None = None
+    answer_recall: list[float | None] | None = None
 
 
 class Trainer:
@@ -190,19 +192,21 @@ class Trainer:
             entropy / max(1.0, learnt),
             right / max(1.0, count),
             int(count),
-            _mean_of_layers([own for own, _ in gathered]),
-            _mean_of_layers([best for _, best in gathered]),
+            **{name: _mean_of_layers([row[name] for row in gathered]) for name in gathered[0]},
         )
 
     def _measure(self, batch: Pack, sight: Sight) -> tuple[float, float, Recalls]:
         """Summed entropy of a row, 1 when every learnt token is the likeliest, and the recalls of each layer."""
         decoder = self.loaded.model.model
-        watched = watching(decoder) if self.network.what.teaches_indexer else nullcontext()
+        answers = batch.targets[0] != IGNORED_LABEL
+        watched = watching(decoder, answers) if self.network.what.teaches_indexer else nullcontext()
         with watched as recall:
             sums = self.network(batch, sight, measuring=True)
         assert sums.likeliest is not None
         right = float(sums.likeliest.all())
-        recalls = ([], []) if recall is None else (recall.layers, recall.best)
+        recalls: Recalls = {} if recall is None else {
+            "indexer_recall": recall.layers, "best_recall": recall.best, "answer_recall": recall.of_answers
+        }  # fmt: skip
         return float(sums.entropies.sum()), right, recalls
 
     def _packs(self, step: Step) -> tuple[list[tuple[Pack, Sight]], Figures]:

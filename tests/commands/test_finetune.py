@@ -121,6 +121,7 @@ def test_the_indexer_learns_what_attention_looks_at(
     first, last = (metrics(folder / "run", "eval")[place] for place in (0, -1))
     recalls = zip(first["indexer_recall"], last["indexer_recall"], last["best_recall"], strict=True)
     assert all(before < after <= best <= 1 for before, after, best in recalls)
+    assert all(0 < share <= 1 for share in last["answer_recall"])
     steps = metrics(folder / "run", "step")
     assert steps[-1]["divergence"] < steps[0]["divergence"]
 

@@ -58,17 +58,20 @@ def test_what_was_not(tmp_path: Path, before: Path) -> None:
 def test_recall_of_every_layer(tmp_path: Path) -> None:
     for name, recalls in (("warm", ([0.4, 0.4], [0.76, 0.72])), ("sparse", ([0.76, 0.72], [0.78, 0.75]))):
         (tmp_path / name).mkdir()
-        rows = [{"kind": "eval", "indexer_recall": values, "best_recall": [0.8, 0.8]} for values in recalls]
+        rows = [
+            {"kind": "eval", "answer_recall": [0.7, 0.6], "indexer_recall": values, "best_recall": [0.8, 0.8]}
+            for values in recalls
+        ]
         rows.insert(1, {"kind": "step"})
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [tmp_path / name / "metrics.jsonl" for name in ("warm", "sparse")]
     code, out = run("rebuild_indexer/recall.py", *files)
     assert code == 1
     assert out.splitlines() == [
-        "| layer | before | warm | sparse | recall | best possible |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| 0 | 0.500 | 0.950 | 0.975 | 0.780 | 0.800 |",
-        "| 1 | 0.500 | 0.900 | 0.938 | 0.750 | 0.800 |",
+        "| layer | before | warm | sparse | answers | all | best possible |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 0 | 0.500 | 0.950 | 0.975 | 0.700 | 0.780 | 0.800 |",
+        "| 1 | 0.500 | 0.900 | 0.938 | 0.600 | 0.750 | 0.800 |",
         "layers below 0.95: 1",
     ]
     assert run("rebuild_indexer/recall.py", *files, "--least", "0.9")[0] == 0
