@@ -66,7 +66,7 @@ class Figures:
 @dataclass(frozen=True)
 class HeldOut:
     """What held-out rows came to: mean entropy of a learnt token, share of rows whose learnt tokens are all the likeliest ones
-    (as teacher-forced decoding would write them), and of each layer the indexer's recall, the best possible, and that of tokens of
+    (as teacher-forced decoding would write them), and of each layer the indexer's recall, the best possible, and that of
     answers."""
 
     loss: float
