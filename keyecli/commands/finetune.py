@@ -181,9 +181,12 @@ def finetune(
         _launch(config)
     if data is None or out is None:
         raise UsageError("give --data FILE and -o DIR, as in `keye finetune --data rows.jsonl -o runs/first`")
-    sampling_options = ask_options(
-        _with_config(settings, config), start=None, end=None, duration=None, subtitles=None
-    )
+    # A keye.toml was read when the options were.
+    if config is not None and config.suffix != ".toml":
+        raise UsageError(
+            f"--config {config} must be accelerate's configuration (.yaml) or a settings file (.toml)"
+        )
+    sampling_options = ask_options(settings, start=None, end=None, duration=None, subtitles=None)
     with leaving_at_once():
         from keyecli.engine.encoded import frame_cache
         from keyecli.engine.loaded import open_model
@@ -248,15 +251,6 @@ def finetune(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         console.result(json.dumps(made.to_dict()) if settings.json else _said(made))
-
-
-def _with_config(settings: Settings, config: Path | None) -> Settings:
-    """A keye.toml given by --config is read when the options are; here only another kind of file is refused."""
-    if config is not None and config.suffix != ".toml":
-        raise UsageError(
-            f"--config {config} must be accelerate's configuration (.yaml) or a settings file (.toml)"
-        )
-    return settings
 
 
 def _launch(config: Path) -> None:

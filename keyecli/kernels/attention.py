@@ -68,12 +68,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of every kernel here on one kind of device; group_gradient serves all gradients at once, query_gradient and
-    key_gradient those that are added up in order."""
+    """The tiles of every kernel here on one kind of device; key_gradient serves those that are added up in order."""
 
     attend: Tile
     group_gradient: Tile
-    query_gradient: Tile
     key_gradient: Tile
     gather: Tile
     probabilities: Tile
@@ -89,15 +87,14 @@ def tiles(capability: int, element_bytes: int) -> Tiles:
     """
     if capability == 0:
         small = Tile(16, 4, 1)
-        return Tiles(small, small, small, Tile(16, 4, 1, heads=4), small, small)
+        return Tiles(small, small, Tile(16, 4, 1, heads=4), small, small)
     if element_bytes == 4:
         low = Tile(16, 8, 1, heads=2)
-        return Tiles(low, low, low, low, Tile(32, 4, 1), Tile(32, 4, 1))
+        return Tiles(low, low, low, Tile(32, 4, 1), Tile(32, 4, 1))
     if capability == 90:
         return Tiles(
             attend=Tile(64, 4, 3, queries=8),
             group_gradient=Tile(64, 8, 3),
-            query_gradient=Tile(64, 8, 3),
             key_gradient=Tile(128, 8, 2, heads=4),
             gather=Tile(128, 4, 2),
             probabilities=Tile(64, 4, 3),
@@ -105,7 +102,6 @@ def tiles(capability: int, element_bytes: int) -> Tiles:
     return Tiles(
         attend=Tile(64, 8, 2),
         group_gradient=Tile(32, 8, 2),
-        query_gradient=Tile(32, 8, 2),
         key_gradient=Tile(64, 8, 2, heads=4),
         gather=Tile(64, 4, 2),
         probabilities=Tile(64, 4, 2),
@@ -282,7 +278,7 @@ def attention_gradients(
         "ASSEMBLY": capability > 0,
     }  # fmt: skip
 
-    tile = cut.query_gradient if repeatable else cut.group_gradient
+    tile = cut.group_gradient
     heads_of_tile, queries_of_group = tile.heads_of(ratio), tile.queries_of(ratio)
     for chunk in chunks(indices, keys, queries_of_group, "bitmap" if dense else "unions"):
         entries = chunk.tile_lists(tile.keys) if dense else chunk.unions()
@@ -898,7 +894,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
                 (
                     "query gradient union",
                     _group_gradient_kernel,
-                    cut.query_gradient,
+                    cut.group_gradient,
                     {**grouped, "DENSE": False, "KEY_GRADIENTS": False},
                 ),
                 ("key gradient", _key_gradient_kernel, cut.key_gradient, grouped),
@@ -918,7 +914,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
                 (
                     "query gradient dense",
                     _group_gradient_kernel,
-                    cut.query_gradient,
+                    cut.group_gradient,
                     {**dense, "KEY_GRADIENTS": False},
                 ),
                 ("delta", _delta_kernel, Tile(0, 4, 3), {"DIM": dim, "HAS_LSE": True}),

@@ -28,7 +28,7 @@ from keyecli.engine.loaded import (
 from keyecli.errors import InputError, KeyeWarning, ModelError, UsageError
 from keyecli.model.adapter import save_adapter
 from keyecli.model.checkpoint import save_model
-from keyecli.model.companions import copy_companions
+from keyecli.model.companions import copy_companions, load_tokenizer
 from keyecli.model.lora import LoraSettings, add_lora
 from keyecli.model.quantize import quantization_in
 from keyecli.training import checkpoints
@@ -39,12 +39,12 @@ from keyecli.training.estimate import TrainingEstimate, device_rate, estimate_se
 from keyecli.training.feed import PlannedRow, Planner, Position, Step, steps
 from keyecli.training.frames import DecodePool, RowFrames
 from keyecli.training.metrics import Metrics, read_metrics
-from keyecli.training.network import Network, Trained, freeze
+from keyecli.training.network import Network, Trained, freeze, is_trained
 from keyecli.training.packing import pack_tokens
 from keyecli.training.plot import loss_plot
 from keyecli.training.samples import answer_rows
 from keyecli.training.schedule import LEARNING_RATES, Schedule
-from keyecli.training.trainer import Figures, HeldOut, Trainer
+from keyecli.training.trainer import HELD_OUT_ROWS, Figures, HeldOut, Trainer
 from keyecli.video.sampling import SamplingSettings
 
 OnStep = Callable[[int, float, Figures], None]
@@ -230,8 +230,6 @@ class _Run:
         self, resume: bool, on_estimate: Callable[[Estimate], None] | None, on_step: OnStep | None
     ) -> Finetuned:
         settings = self.settings
-        from keyecli.model.companions import load_tokenizer
-
         planner = Planner(
             self.rows, self.files, load_tokenizer(self.files.folder), settings.sampling, settings.max_length, self._bad
         )  # fmt: skip
@@ -258,10 +256,9 @@ class _Run:
         return self._write(step, after, samples)
 
     def _bad(self, index: int, error: InputError) -> None:
-        self.trainer.leave_out(self._source(index), error) if hasattr(self, "trainer") else None
-
-    def _source(self, index: int) -> str:
-        return self.rows.source(index)
+        # Rows that are looked at for the estimate come again, and are counted then.
+        if hasattr(self, "trainer"):
+            self.trainer.leave_out(self.rows.source(index), error)
 
     def _estimate(self, planner: Planner) -> Estimate:
         """From the rows of the first steps, whose lengths stand for all."""
@@ -487,7 +484,7 @@ class _Run:
             self.held_out_rows, planner.files, planner.tokenizer, planner.sampling, planner.max_length,
             lambda index, error: warnings.warn(f"a held-out row is left out: {error}", KeyeWarning, stacklevel=2),
         )  # fmt: skip
-        found = [own.plan(index) for index in range(min(len(self.held_out_rows), 64))]
+        found = [own.plan(index) for index in range(min(len(self.held_out_rows), HELD_OUT_ROWS))]
         return [row for row in found if row is not None]
 
     def _samples(
@@ -537,11 +534,7 @@ class _Run:
         if not self.processes.first:
             return
         if settings.train.main == "lora":
-            extras = {
-                name: tensor
-                for name, tensor in learning.items()
-                if "lora" not in name and not _is_factor(name)
-            }
+            extras = {name: tensor for name, tensor in learning.items() if not _is_factor(name)}
             save_adapter(
                 model, self.out, settings=settings.lora, base=files.name, revision=self.loaded.revision,
                 tensors=learning, modules_to_save=extras or None,
@@ -605,8 +598,6 @@ def _is_factor(name: str) -> bool:
 
 def _is_extra(name: str, what: Trained) -> bool:
     """Whether a parameter of the base learns beside an adapter."""
-    from keyecli.training.network import is_trained
-
     return not _is_factor(name) and ".base_layer." not in name and is_trained(name, what)
 
 

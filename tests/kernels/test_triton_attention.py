@@ -309,7 +309,7 @@ def test_groups_of_the_other_size(
 
     def tiles(capability: int, element_bytes: int) -> kernels.Tiles:
         cut = original(capability, element_bytes)
-        names = ("attend", "group_gradient", "query_gradient", "key_gradient")
+        names = ("attend", "group_gradient", "key_gradient")
         others = {
             name: replace(tile, queries=24 - tile.queries)
             for name, tile in vars(cut).items()
