@@ -2,120 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-
-from keyecli import __version__
 from keyecli.engine.loaded import (
     LoadedModel,
     ModelFiles,
     free_memory_bytes,
-    load_weights,
     memory_limits,
 )
-from keyecli.errors import InputError, KeyeWarning, ModelError, UsageError
-from keyecli.model.adapter import save_adapter
-from keyecli.model.checkpoint import save_model
-from keyecli.model.companions import copy_companions, load_tokenizer
-from keyecli.model.lora import LoraSettings, add_lora
-from keyecli.model.quantize import quantization_in
-from keyecli.training import checkpoints
-from keyecli.training.card import write_card
+from keyecli.errors import InputError, KeyeWarning
+from keyecli.model.companions import load_tokenizer
 from keyecli.training.data import DataFile, open_data
-from keyecli.training.distributed import Processes, joined, shard, whole
+from keyecli.training.distributed import Processes, joined
 from keyecli.training.estimate import TrainingEstimate, device_rate, estimate_seconds, estimate_training
 from keyecli.training.feed import PlannedRow, Planner, Position, Step, steps
 from keyecli.training.frames import DecodePool, RowFrames
 from keyecli.training.metrics import Metrics, read_metrics
-from keyecli.training.network import Network, Trained, freeze, is_trained
 from keyecli.training.packing import pack_tokens
 from keyecli.training.plot import loss_plot
+from keyecli.training.run import (
+    METRICS_FILE,
+    PLOT_FILE,
+    Run,
+    RunSettings,
+    deterministic,
+    refuse,
+    require_folder,
+    stopping,
+)
 from keyecli.training.samples import answer_rows
-from keyecli.training.schedule import LEARNING_RATES, Schedule
+from keyecli.training.schedule import Schedule
 from keyecli.training.trainer import HELD_OUT_ROWS, Figures, HeldOut, Trainer
-from keyecli.video.sampling import SamplingSettings
 
 OnStep = Callable[[int, float, Figures], None]
 """Told after each step: its number, the share of the run that is done, and its figures."""
 
-METRICS_FILE = "metrics.jsonl"
-SETTINGS_FILE = "finetune.json"
-PLOT_FILE = "loss.png"
 SAMPLES = 4
 AHEAD_ROWS = 8
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """Everything that decides a run besides its model and data. None: by what is trained.
+class FinetuneSettings(RunSettings):
+    """Everything that decides a run besides its model and data. batch_tokens: rows of a step add up to at least so many."""
 
-    batch_tokens: rows of a step add up to at least so many; max_length: tokens of the longest row, and of a pack; save_steps,
-    save_minutes: a checkpoint at least so often, keep: how many stay; eval_steps: 0 measures held-out rows at the end alone.
-    """
-
-    train: Trained = field(default_factory=lambda: Trained("lora"))
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    lr: float | None = None
-    weight_decay: float = 0.0
     epochs: int = 1
-    steps: int | None = None
     batch_tokens: int = 65_536
-    max_length: int = 32_768
-    seed: int = 0
-    save_steps: int = 200
-    save_minutes: float = 15.0
-    keep: int = 2
-    eval_steps: int = 0
-    optimizer: str = "adamw"
-    checkpointing: bool = True
-    deterministic: bool = False
-    shard: bool | None = None
-    workers: int = 0
-    strict: bool = False
-    tensorboard: bool = False
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
-    @property
-    def rate(self) -> float:
-        return LEARNING_RATES[self.train.main] if self.lr is None else self.lr
-
-    def decisive(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it goes on with."""
-        values = asdict(self)
-        for name in (
-            "save_steps",
-            "save_minutes",
-            "keep",
-            "eval_steps",
-            "workers",
-            "tensorboard",
-            "shard",
-            "strict",
-        ):
-            values.pop(name)
-        return json.loads(json.dumps({**values, "train": str(self.train), "lr": self.rate}, default=str))
-
-    def __post_init__(self) -> None:
-        """UsageError for a value out of range."""
-        for name in ("epochs", "batch_tokens", "max_length", "save_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"--steps must be at least 1, not {self.steps}")
-        if not 0 < self.rate < 1:
-            raise UsageError(f"--lr must be above 0 and below 1, not {self.rate}")
+    AT_LEAST_ONE: ClassVar[tuple[str, ...]] = ("epochs", "batch_tokens", *RunSettings.AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -178,35 +116,23 @@ def finetune(
     ModelError: a model that cannot be trained so; MemoryLimitError; NotFiniteError: a loss that is not a number.
     KeyboardInterrupt after a checkpoint was saved.
     """
-    _refuse(files, settings)
-    with _deterministic(settings.deterministic), joined(files.device, settings.shard) as (processes, device):
+    refuse(files, settings)
+    with deterministic(settings.deterministic), joined(files.device, settings.shard) as (processes, device):
         if on_start:
             on_start(processes)
         rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
         held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
-        _require_folder(out, resume, overwrite, processes)
-        run = _Run(replace(files, device=device), rows, held_out, out, settings, processes, frame_cache)
+        require_folder(out, resume, overwrite, processes)
+        run = _Finetuning(
+            replace(files, device=device), rows, held_out, out, settings, processes, frame_cache
+        )
         return run.go(resume, on_estimate, on_step)
 
 
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Have torch and our kernels add up in a fixed order."""
-    if not wanted:
-        yield
-        return
-    # cuBLAS reads it when it is first used, and torch refuses to go without it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+class _Finetuning(Run):
+    """One run of fine-tuning: what has been done so far."""
 
-
-class _Run:
-    """One run: what is loaded, what has been done, and where it is written."""
+    settings: FinetuneSettings
 
     def __init__(
         self,
@@ -218,8 +144,8 @@ class _Run:
         processes: Processes,
         frame_cache: Any,
     ) -> None:
-        self.files, self.rows, self.held_out_rows, self.out = files, rows, held_out, out
-        self.settings, self.processes, self.frame_cache = settings, processes, frame_cache
+        super().__init__(files, rows, out, settings, processes, frame_cache)
+        self.held_out_rows = held_out
         self.readers: dict[int, Any] = {}
         self.totals: dict[str, Any] = {"tokens": 0, "learnt_tokens": 0, "rows": 0, "seconds": 0.0, "peak": 0}
         self.last_loss = 0.0
@@ -243,7 +169,7 @@ class _Run:
                 free_memory_bytes(self.files.device)
             )
             step, position = self._resume() if resume else (0, Position())
-            metrics = self._metrics(stack, step if resume else None)
+            metrics = self.metrics(stack, step if resume else None)
             held_out = self._held_out_rows()
             if step == 0:
                 self.before = self.trainer.held_out(held_out)
@@ -298,23 +224,7 @@ class _Run:
         return Estimate(memory, len(known), total, seconds)
 
     def _load(self, planner: Planner) -> None:
-        settings = self.settings
-        loaded = load_weights(self.files)
-        torch.manual_seed(settings.seed)
-        freeze(loaded.model, settings.train)
-        if settings.train.main == "lora":
-            add_lora(loaded.model, settings.lora)
-            for name, parameter in loaded.model.named_parameters():
-                if _is_extra(name, settings.train):
-                    parameter.requires_grad_(True)
-        network = Network(loaded.model, settings.train)
-        if settings.checkpointing:
-            network.checkpoint_activations()
-        if self.processes.sharded:
-            shard(network, self.processes, self.files.device)
-        self.loaded: LoadedModel = replace(
-            loaded, frame_cache=None if settings.train.sees else self.frame_cache
-        )
+        settings, network = self.settings, self.load()
         self.trainer = Trainer(
             self.loaded,
             network,
@@ -344,10 +254,9 @@ class _Run:
         on_step: OnStep | None,
     ) -> tuple[int, Position]:
         settings, trainer = self.settings, self.trainer
-        saved_s, saved_step = time.monotonic(), step
         epochs = None if settings.steps is not None else settings.epochs
         coming = steps(trainer.planner, settings.seed, settings.batch_tokens, epochs, position)
-        with _stopping() as stop:
+        with stopping() as stop:
             for planned in self._looked_ahead(pool, coming):
                 if settings.steps is not None and step >= settings.steps:
                     break
@@ -358,19 +267,10 @@ class _Run:
                 self._tell_step(metrics, step, figures)
                 if on_step and self.processes.first:
                     on_step(step, self._share(step, position), figures)
-                stopped = self.processes.any(stop.is_set(), self.files.device)
-                late = self.processes.any(
-                    time.monotonic() - saved_s > 60 * settings.save_minutes, self.files.device
-                )
-                if stopped or late or step % settings.save_steps == 0:
-                    self._save(step, position)
-                    saved_s, saved_step = time.monotonic(), step
-                if stopped:
-                    raise KeyboardInterrupt
+                self.save_in_time(trainer, step, stop, self._state(position))
                 if settings.eval_steps and step % settings.eval_steps == 0:
                     self._measured(metrics, held_out, step)
-        if step > saved_step:
-            self._save(step, position)
+        self.save(trainer, step, self._state(position))
         return step, position
 
     def _looked_ahead(self, pool: DecodePool, coming: Iterator[Step]) -> Iterator[Step]:
@@ -409,54 +309,23 @@ class _Run:
 
     # Checkpoints.
 
-    def _save(self, step: int, position: Position) -> None:
-        state = {
+    def _state(self, position: Position) -> dict[str, Any]:
+        return {
             "position": asdict(position),
-            "settings": self.settings.decisive(),
-            "data_sha256": self.rows.sha256,
-            "weights": self.loaded.revision,
-            "random": checkpoints.random_state(self.files.device),
             "totals": self.totals,
             "loss": self.last_loss,
             "before": None if self.before is None else asdict(self.before),
             "left_out": self.trainer.left_out,
-            "keye": __version__,
         }
-        tensors = self.trainer.tensors()
-        checkpoints.save(self.out, step, tensors, state, self.processes, self.settings.keep)
 
     def _resume(self) -> tuple[int, Position]:
-        tensors, state = checkpoints.load(checkpoints.latest(self.out))
-        for name, value in self.settings.decisive().items():
-            if state["settings"].get(name) != value:
-                raise UsageError(
-                    f"the run in {self.out} has {name.replace('_', '-')} {state['settings'].get(name)} and this one {value}: "
-                    "--resume goes on with the same settings"
-                )
-        if state["data_sha256"] != self.rows.sha256:
-            raise UsageError(
-                f"{self.rows.path} is not the data that the run in {self.out} began with: --resume needs the same"
-            )
-        if state["weights"] != self.loaded.revision:
-            raise UsageError(
-                f"the run in {self.out} began from other weights: --resume needs the same --model"
-            )
-        self.trainer.take(tensors)
-        checkpoints.set_random_state(state["random"], self.files.device)
+        state = self.resume(self.trainer)
         self.totals, self.last_loss = state["totals"], state["loss"]
         self.before = None if state["before"] is None else HeldOut(**state["before"])
         self.trainer.left_out = state["left_out"]
         return state["step"], Position(**state["position"])
 
     # What is told.
-
-    def _metrics(self, stack: ExitStack, resume_step: int | None) -> Metrics | None:
-        if not self.processes.first:
-            return None
-        folder = self.out / "tensorboard" if self.settings.tensorboard else None
-        return stack.enter_context(
-            Metrics(self.out / METRICS_FILE, resume_step=resume_step, tensorboard=folder)
-        )
 
     def _tell_step(self, metrics: Metrics | None, step: int, figures: Figures) -> None:
         if metrics is not None:
@@ -519,34 +388,15 @@ class _Run:
             before=self.before,
             after=after,
         )
-        self._write_weights()
+        self.write_weights(self.trainer.network)
         if self.processes.first:
             self._write_card(result, samples)
         self.processes.wait()
         return result
 
-    def _write_weights(self) -> None:
-        model, settings, files = self.loaded.model, self.settings, self.files
-        learning = {
-            name: whole(parameter.detach()).cpu()
-            for name, parameter in self.trainer.network.learning().items()
-        }
-        if not self.processes.first:
-            return
-        if settings.train.main == "lora":
-            extras = {name: tensor for name, tensor in learning.items() if not _is_factor(name)}
-            save_adapter(
-                model, self.out, settings=settings.lora, base=files.name, revision=self.loaded.revision,
-                tensors=learning, modules_to_save=extras or None,
-            )  # fmt: skip
-            return
-        save_model(model, self.out, tensors=learning, dtype=_stored_dtype(files))
-        copy_companions(files.folder, self.out)
-
     def _write_card(self, result: Finetuned, samples: Sequence[Mapping[str, Any]]) -> None:
         rows = read_metrics(self.out / METRICS_FILE)
         loss_plot(rows, self.out / PLOT_FILE, f"{self.out.name}: {result.train}")
-        described = {**self.settings.decisive(), "rate": self.settings.rate}
         first = next((row["loss"] for row in rows if row["kind"] == "step"), None)
         before, after = result.before, result.after
         results = {
@@ -563,107 +413,4 @@ class _Run:
             "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
             "peak_bytes": result.peak_bytes,
         }
-        write_card(
-            self.out,
-            title=self.out.name,
-            base=self.files.name,
-            base_revision=self.loaded.revision,
-            train=result.train,
-            data=[
-                {
-                    "path": self.rows.path.name,
-                    "sha256": self.rows.sha256,
-                    "rows": len(self.rows),
-                    "skipped": result.left_out,
-                }
-            ],
-            settings=described,
-            results={name: value for name, value in results.items() if value is not None},
-            machine={
-                "device": torch.cuda.get_device_name(self.files.device)
-                if self.files.device.startswith("cuda")
-                else "CPU",
-                "processes": self.processes.count,
-                "torch": torch.__version__,
-                "keyecli": __version__,
-            },
-            samples=samples,
-        )
-
-
-def _is_factor(name: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
-    return name.rpartition(".")[2] in ("gate_up_A", "gate_up_B", "down_A", "down_B", "lora_A", "lora_B")
-
-
-def _is_extra(name: str, what: Trained) -> bool:
-    """Whether a parameter of the base learns beside an adapter."""
-    return not _is_factor(name) and ".base_layer." not in name and is_trained(name, what)
-
-
-def _refuse(files: ModelFiles, settings: FinetuneSettings) -> None:
-    """What cannot be trained, before anything is loaded."""
-    main = settings.train.main
-    if files.parts or files.offload is not None or files.kv is not None:
-        raise UsageError(
-            "training uses one device a process: leave out --offload and --kv, and name one --device"
-        )
-    if settings.train.teaches_indexer and files.config.sa_config is None:
-        raise ModelError(f"{files.name} has no indexer to train: its attention is dense")
-    if quantization_in(files.config, files.folder) is not None and main in ("full", "sparse", "indexer"):
-        raise ModelError(
-            f"--train {main} changes weights that are quantised: use --train lora, or the unquantised model"
-        )
-    if "router" in settings.train.extras and not files.config.is_moe:
-        raise ModelError(f"{files.name} has no router to train")
-
-
-def _require_folder(out: Path, resume: bool, overwrite: bool, processes: Processes) -> None:
-    """UsageError for a folder that holds something; with `overwrite` a former run's files go."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a folder for the run")
-    taken = out.is_dir() and any(out.iterdir())
-    if taken and not resume and not overwrite:
-        raise UsageError(
-            f"{out} is not empty: give another folder, --resume to go on with its run, or --overwrite"
-        )
-    if resume:
-        checkpoints.latest(out)
-    processes.wait()
-    if processes.first:
-        if taken and overwrite and not resume:
-            shutil.rmtree(out / checkpoints.FOLDER, ignore_errors=True)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"{out} cannot be written ({error.strerror or error}): choose another place"
-            ) from error
-    processes.wait()
-
-
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """Ctrl-C, and being asked to end, set the event, so that a step is finished and saved; a second Ctrl-C ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stored_dtype(files: ModelFiles) -> torch.dtype | None:
-    """The type in which the base's files hold its weights, None where they do not say."""
-    dtype = files.config.dtype
-    return dtype if isinstance(dtype, torch.dtype) or dtype is None else getattr(torch, str(dtype))
+        self.write_run_card(results, samples, result.left_out)

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from keyecli.engine.loaded import LoadedModel
 from keyecli.errors import InputError, KeyeError, KeyeWarning
 from keyecli.model.keye import IGNORED_LABEL
-from keyecli.training.distributed import Processes, add_gradients, last_backward, placed_like
+from keyecli.training.distributed import Processes, add_gradients, last_backward
 from keyecli.training.examples import Example
 from keyecli.training.feed import PlannedRow, Planner, Step
+from keyecli.training.learner import Learner
 from keyecli.training.network import Network, Sight, loss_of, moved, row_losses
-from keyecli.training.optimizer import MasterAdamW
 from keyecli.training.packing import Pack, best_fit_decreasing, pack, pack_tokens, share_out
 from keyecli.training.recall import watching
 from keyecli.training.schedule import Schedule
@@ -77,8 +77,8 @@ class HeldOut:
     answer_recall: list[float | None] | None = None
 
 
-class Trainer:
-    """The network with its optimisers; `step` makes one update."""
+class Trainer(Learner):
+    """Learns what rows answer; `step` makes one update."""
 
     def __init__(
         self,
@@ -94,54 +94,22 @@ class Trainer:
         strict: bool = False,
         look: Look | None = None,
     ) -> None:
-        self.loaded, self.network, self.planner = loaded, network, planner
-        self.schedule, self.processes, self.capacity = schedule, processes, capacity
+        super().__init__(loaded, network, schedule, processes, optimizer)
+        self.planner, self.capacity = planner, capacity
         self.exact_resize, self.strict = exact_resize, strict
         self.look = look or (lambda row: loaded)
-        self.device = loaded.device
-        learning = network.learning()
-        self.names = sorted(learning, key=lambda name: "sa_indexer" in name)
-        self.parameters = [learning[name] for name in self.names]
-        indexer = [learning[name] for name in self.names if "sa_indexer" in name]
-        rest = [learning[name] for name in self.names if "sa_indexer" not in name]
-        # Each with a norm of its own: a step in which the indexer has much to learn must not shrink everybody's.
-        self.optimizers = [
-            MasterAdamW(part, 0.0, decay, clip_norm=schedule.clip_norm, kind=optimizer)
-            for part, decay in ((rest, schedule.weight_decay), (indexer, 0.0))
-            if part
-        ]
-        self._parts_s: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
-
-    # State: everything that a checkpoint has to hold of the network and its optimisers.
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Master weights and moments of everything that learns."""
-        return {
-            f"{number}.{name}": tensor
-            for number, optimizer in enumerate(self.optimizers)
-            for name, tensor in optimizer.state().items()
-        }
-
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `tensors` gave."""
-        for number, optimizer in enumerate(self.optimizers):
-            begin = f"{number}."
-            part = {
-                name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)
-            }
-            optimizer.take(part, placed_like)
 
     def step(self, step: Step, share: float) -> Figures:
         """One update, at `share` of the plan. NotFiniteError when a loss is not a number: nothing is updated then."""
         begin_s = time.perf_counter()
-        self._parts_s = {}
-        self._training()
+        self.parts_s = {}
+        self.training()
         packs, figures = self._packs(step)
         supervised, tokens, count = self._totals(packs)
         losses = torch.zeros(3, device=self.device)
         bad: list[str] = []
-        with self._timed("train_s"):
+        with self.timed("train_s"):
             rounds = self._rounds(len(packs))
             for number in range(rounds):
                 own = packs[number] if number < len(packs) else None
@@ -152,17 +120,15 @@ class Trainer:
         loss, entropy, divergence = losses.tolist()
         figures.lr = self.schedule.learning_rate(share)
         self._refuse_not_finite(loss, bad, step)
-        with self._timed("update_s"):
-            norms = [optimizer.step(figures.lr) for optimizer in self.optimizers]
-            figures.norm = float(torch.stack([norm.float() for norm in norms]).norm())
+        figures.norm = self.update(figures.lr)
         figures.loss = loss
         figures.entropy = entropy / max(1.0, supervised)
         figures.divergence = divergence / max(1.0, tokens) if self.network.what.teaches_indexer else None
         figures.tokens, figures.learnt_tokens = int(tokens), int(supervised)
         figures.fullest_expert = self.network.fullest_expert()
         figures.seconds = time.perf_counter() - begin_s
-        figures.peak_bytes = self._peak_bytes()
-        figures.parts_s = dict(self._parts_s)
+        figures.peak_bytes = self.peak_bytes()
+        figures.parts_s = dict(self.parts_s)
         return figures
 
     @torch.no_grad()
@@ -171,7 +137,7 @@ class Trainer:
         rows = rows[:HELD_OUT_ROWS]
         if not rows:
             return None
-        self._evaluating()
+        self.network.eval()
         processes, totals = self.processes, torch.zeros(4, device=self.device)
         recalls: list[Recalls] = []
         for place in range(0, len(rows), processes.count):
@@ -233,7 +199,7 @@ class Trainer:
         sights: list[Sight] = []
         for row in rows:
             try:
-                with self._timed("frames_s"):
+                with self.timed("frames_s"):
                     seen = see(
                         self.look(row),
                         row.plans,
@@ -310,38 +276,12 @@ class Trainer:
         named: list[str] = [name for part in self.processes.gathered(bad) for name in part]  # type: ignore[attr-defined]
         if torch.isfinite(torch.tensor(loss)) and not named:
             return
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.drop_gradients()
         rows = named or [row.row.source for row in step.rows]
         raise NotFiniteError(
             f"the loss is not a number in {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}: nothing was updated; "
             "look at these rows, or lower --lr"
         )
-
-    def _training(self) -> None:
-        """Frozen parts are in evaluation, as they are when answering."""
-        model = self.loaded.model
-        self.network.train()
-        if "vision" not in self.network.what.extras:
-            model.visual.eval()
-
-    def _evaluating(self) -> None:
-        self.network.eval()
-
-    def _peak_bytes(self) -> int:
-        if self.device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated(self.device)
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        begin_s = time.perf_counter()
-        yield
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        self._parts_s[name] = self._parts_s.get(name, 0.0) + time.perf_counter() - begin_s
 
 
 def _mean_of_layers(rows: Sequence[Sequence[float | None]]) -> list[float | None] | None:
@@ -353,8 +293,3 @@ def _mean_of_layers(rows: Sequence[Sequence[float | None]]) -> list[float | None
         known = [value for value in layer if value is not None]
         means.append(sum(known) / len(known) if known else None)
     return means
-
-
-def parameter_count(parameters: Sequence[nn.Parameter]) -> int:
-    """How many numbers learn."""
-    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,97 @@
+"""What learns, with its optimisers: every kind of training updates the network by this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from keyecli.engine.loaded import LoadedModel
+from keyecli.training.distributed import Processes, placed_like
+from keyecli.training.network import Network
+from keyecli.training.optimizer import MasterAdamW
+from keyecli.training.schedule import Schedule
+
+
+class Learner:
+    """The network with its optimisers; gradients are made by who inherits."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        network: Network,
+        schedule: Schedule,
+        processes: Processes,
+        optimizer: str = "adamw",
+    ) -> None:
+        self.loaded, self.network = loaded, network
+        self.schedule, self.processes = schedule, processes
+        self.device = loaded.device
+        learning = network.learning()
+        self.names = sorted(learning, key=lambda name: "sa_indexer" in name)
+        self.parameters = [learning[name] for name in self.names]
+        indexer = [learning[name] for name in self.names if "sa_indexer" in name]
+        rest = [learning[name] for name in self.names if "sa_indexer" not in name]
+        # Each with a norm of its own: a step in which the indexer has much to learn must not shrink everybody's.
+        self.optimizers = [
+            MasterAdamW(part, 0.0, decay, clip_norm=schedule.clip_norm, kind=optimizer)
+            for part, decay in ((rest, schedule.weight_decay), (indexer, 0.0))
+            if part
+        ]
+        self.parts_s: dict[str, float] = {}
+
+    # State: everything that a checkpoint has to hold of the network and its optimisers.
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Master weights and moments of everything that learns."""
+        return {
+            f"{number}.{name}": tensor
+            for number, optimizer in enumerate(self.optimizers)
+            for name, tensor in optimizer.state().items()
+        }
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        for number, optimizer in enumerate(self.optimizers):
+            begin = f"{number}."
+            part = {
+                name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)
+            }
+            optimizer.take(part, placed_like)
+
+    def update(self, lr: float) -> float:
+        """One step of the optimisers at learning rate `lr` from the gradients, which are dropped; returns their norm."""
+        with self.timed("update_s"):
+            norms = [optimizer.step(lr) for optimizer in self.optimizers]
+            return float(torch.stack([norm.float() for norm in norms]).norm())
+
+    def drop_gradients(self) -> None:
+        """Forget gradients that nothing is to be made of."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def training(self) -> None:
+        """Frozen parts are in evaluation, as they are when answering."""
+        self.network.train()
+        if "vision" not in self.network.what.extras:
+            self.loaded.model.visual.eval()
+
+    def peak_bytes(self) -> int:
+        """The most memory so far: of the GPU, or of the process."""
+        if self.device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """The block counts into `parts_s`, until the device has done it."""
+        begin_s = time.perf_counter()
+        yield
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        self.parts_s[name] = self.parts_s.get(name, 0.0) + time.perf_counter() - begin_s
