@@ -72,13 +72,15 @@ class Generation:
 
     The text ends before a stop string, whose own tokens are among `token_ids` all the same.
     `log_probabilities`: natural logarithm of each token's probability under the model alone, at temperature 1,
-    whatever a constraint left of the choice.
+    whatever a constraint left of the choice. stop_token: the one that ended it, with its logarithm; None when nothing of the kind
+    did.
     """
 
     token_ids: tuple[int, ...]
     text: str
     stop_reason: StopReason
     log_probabilities: tuple[float, ...]
+    stop_token: tuple[int, float] | None = None
 
 
 class Constraint(Protocol):
@@ -122,6 +124,7 @@ class Begun:
     constraint: Constraint | None = None
     on_text: Callable[[str], None] | None = None
     on_token: Callable[[int], None] | None = None
+    drawn: int = 0
 
 
 class TextStream:
@@ -212,6 +215,7 @@ def generate(
     static: StaticDecoder | None = None,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[int], None] | None = None,
+    drawn: int = 0,
 ) -> Generation:
     """Continue a prefilled prompt until it stops, a complete constraint or `settings.max_tokens` tokens.
 
@@ -230,6 +234,7 @@ def generate(
         constraint,
         on_text,
         on_token,
+        drawn,
     )
     static = decoder_for(model, cache, static)
     decoder = EagerDecoder(model, cache) if static is None else static
@@ -268,6 +273,7 @@ def generate_together(
         logits.device,
         banned_ids=placeholder_ids(config),
         prompts=[begun.prompt_ids for begun in prompts],
+        drawn=[begun.drawn for begun in prompts],
     )
     decoder.begin([begun.length for begun in prompts], [begun.position for begun in prompts])
 
@@ -330,6 +336,7 @@ class _Sequence:
         self._log_probabilities: list[float] = []
         self._text = ""
         self._stop_reason: StopReason | None = None
+        self._stop_token: tuple[int, float] | None = None
         self.allowed: Sequence[int] | None = None
         self._ask_constraint()
 
@@ -349,6 +356,7 @@ class _Sequence:
             shares = None if allowed is None else logits[list(allowed)].double().log_softmax(-1)
             constraint.accept(token_id, shares)
         elif token_id in self._stop_ids:
+            self._stop_token = token_id, log_probability
             self._end("stop")
             return
         self._token_ids.append(token_id)
@@ -366,7 +374,11 @@ class _Sequence:
         """All of it, once it has ended."""
         assert self._stop_reason is not None
         return Generation(
-            tuple(self._token_ids), self._text, self._stop_reason, tuple(self._log_probabilities)
+            tuple(self._token_ids),
+            self._text,
+            self._stop_reason,
+            tuple(self._log_probabilities),
+            self._stop_token,
         )
 
     def _ask_constraint(self) -> None:

@@ -411,11 +411,13 @@ def run_arguments(files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def new_cache(files: ModelFiles, tokens: int) -> KeyeCache:
-    """An empty cache of one sequence, as the model is run."""
+def new_cache(files: ModelFiles, tokens: int, batch: int = 1) -> KeyeCache:
+    """An empty cache of `batch` sequences, as the model is run."""
     kv_dtype = torch.float8_e4m3fn if files.kv == "fp8" else None
     device = _places(files).layers
-    return KeyeCache(files.config, tokens, dtype=torch_dtype(files.dtype), device=device, kv_dtype=kv_dtype)
+    return KeyeCache(
+        files.config, tokens, batch, dtype=torch_dtype(files.dtype), device=device, kv_dtype=kv_dtype
+    )
 
 
 def free_cache_bytes(files: ModelFiles) -> int | None:

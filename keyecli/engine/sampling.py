@@ -37,12 +37,16 @@ class Sampler:
         *,
         banned_ids: Collection[int] = (),
         prompts: Sequence[Tensor | None] | None = None,
+        drawn: Sequence[int] | None = None,
     ) -> None:
-        """`prompts`: the ids, int64 [any], that the penalty counts as said in the prompt; for each sequence, or None."""
+        """`prompts`: the ids, int64 [any], that the penalty counts as said in the prompt; for each sequence, or None.
+        `drawn`: the choices of each sequence that were made before; its seed goes on behind them."""
         self._step = 0
         self._banned = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self._banned[sorted(banned_ids)] = True
-        self._uniforms = _uniforms(settings).to(device) if any(s.temperature for s in settings) else None
+        self._uniforms: Tensor | None = None
+        if any(s.temperature for s in settings):
+            self._uniforms = _uniforms(settings, drawn or [0] * len(settings)).to(device)
 
         def each(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
@@ -100,12 +104,19 @@ class Sampler:
         return ids.gather(1, (running <= point).sum(-1, keepdim=True))[:, 0]
 
 
-def _uniforms(settings: Sequence[GenerationSettings]) -> Tensor:
-    """One number from [0, 1) for each choice, from a generator of each sequence's own, fp64 [B, choices]."""
+def _uniforms(settings: Sequence[GenerationSettings], drawn: Sequence[int]) -> Tensor:
+    """One number from [0, 1) for each choice, from a generator of each sequence's own, fp64 [B, choices].
+
+    A generator gives the same numbers however many are asked for, so that a sequence may go on where it was interrupted.
+    """
     choices = max(s.max_tokens for s in settings)
     return torch.stack(
         [
-            torch.rand(choices, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(s.seed))
-            for s in settings
+            torch.rand(
+                before + choices,
+                dtype=torch.float64,
+                generator=torch.Generator("cpu").manual_seed(s.seed),
+            )[before:]
+            for s, before in zip(settings, drawn, strict=True)
         ]
     )

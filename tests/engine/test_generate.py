@@ -76,6 +76,8 @@ def test_stops_at_a_stop_id_and_leaves_it_out(loaded: LoadedModel) -> None:
     stopped = run(loaded, GenerationSettings(max_tokens=12, temperature=1.0, seed=3), stop_ids={stop_id})
     assert stopped.stop_reason == "stop"
     assert stopped.token_ids == whole.token_ids[:first]
+    assert stopped.stop_token == (stop_id, pytest.approx(whole.log_probabilities[first]))
+    assert whole.stop_token is None
 
 
 def test_the_cache_holds_the_prompt_and_what_was_generated(loaded: LoadedModel) -> None:

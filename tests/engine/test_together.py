@@ -135,6 +135,36 @@ def test_samples_are_those_of_runs_of_their_own(kernels: LoadedModel, widths: li
     assert counts == [*range(1, 13)] * 2
 
 
+@pytest.mark.parametrize("together", [1, 3])
+def test_samples_go_on_where_they_were_interrupted(kernels: LoadedModel, together: int) -> None:
+    """Side by side, too, after pieces of different lengths: the same tokens as in one go."""
+    messages = [{"role": "user", "content": "Why?"}]
+    prompt = build_prompt(kernels.tokenizer, kernels.config, messages, [])
+    # Room for the longest beginning and the longest rest.
+    cache = KeyeCache(kernels.config, len(prompt.input_ids) + 3 * (5 + 7))
+    with torch.inference_mode():
+        embeds = kernels.model.embed(prompt.input_ids[None])
+        hidden = kernels.model.decode(embeds, prompt.position_ids[:, None], cache)[:, -1:]
+
+    def drawn(tokens: list[int], begun: list[tuple[int, ...]] | None = None) -> list[tuple[int, ...]]:
+        cache.truncate(len(prompt.input_ids))
+        settings = [
+            GenerationSettings(max_tokens=count, temperature=1.0, seed=seed, repetition_penalty=1.2)
+            for seed, count in enumerate(tokens)
+        ]
+        found = draw_samples(
+            kernels, cache, hidden, prompt.next_position, settings, stop_ids=(), prompt_ids=prompt.input_ids,
+            together=together, begun=begun,
+        )  # fmt: skip
+        return [one.token_ids for one in found]
+
+    whole = drawn([8, 8, 8])
+    first = drawn([1, 5, 3])
+    rest = drawn([7, 3, 5], first)
+    assert [one + other for one, other in zip(first, rest, strict=True)] == whole
+    assert len(set(whole)) == 3
+
+
 def test_as_many_as_there_is_room_for(kernels: LoadedModel) -> None:
     arguments: Any = {
         "model": "toy",
