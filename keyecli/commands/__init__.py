@@ -20,6 +20,8 @@ COMMANDS = {
     "pull": "Fetch a model from the Hugging Face hub.",
     "doctor": "Check this machine, a model, and its answers.",
     "finetune": "Train a model, or an adapter of it, on local videos.",
+    "rl": "Train a model on its own answers, by rewards.",
+    "distill": "Bring what several teachers know into one model.",
     "merge": "Put an adapter into the weights of its base.",
     "quantize": "Save a model with its weights in 4 or 8 bits.",
 }

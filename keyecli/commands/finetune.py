@@ -4,166 +4,117 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from keyecli.commands.interrupt import leaving_at_once
-from keyecli.commands.options import FRAMES, MODEL, OUTPUT, ask_options, load_arguments, with_settings
+from keyecli.commands.options import ask_options, load_arguments, with_settings
+from keyecli.commands.training import (
+    FRAMES_OPTIONS,
+    MODEL_OPTIONS,
+    OUTPUT_OPTIONS,
+    Alpha,
+    Checkpointing,
+    Config,
+    Data,
+    Dataset,
+    Deterministic,
+    Dropout,
+    EvalData,
+    EvalSteps,
+    Format,
+    Keep,
+    MaxLength,
+    MediaRoot,
+    Optimizer,
+    Out,
+    Overwrite,
+    Rank,
+    Resume,
+    SaveMinutes,
+    SaveSteps,
+    Seed,
+    Strict,
+    Targets,
+    TensorBoard,
+    WeightDecay,
+    lora_settings,
+    quieten,
+    take_config,
+    training_option,
+)
 from keyecli.console import ProgressReport, console
 from keyecli.errors import UsageError
 from keyecli.settings import Settings
 
 if TYPE_CHECKING:
-    from keyecli.training.distributed import Processes
     from keyecli.training.finetune import Estimate, Finetuned
     from keyecli.training.trainer import Figures
 
-_MODEL = {
-    name: MODEL[name]
-    for name in ("model", "revision", "offline", "device", "dtype", "kernels", "quant", "cache", "cache_size")
-}
-_FRAMES = {name: option for name, option in FRAMES.items() if name != "strict"}
-_OUTPUT = {name: option for name, option in OUTPUT.items() if name != "config"}
 
-
-def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
-
-
-@with_settings(_MODEL, _FRAMES, _OUTPUT)
+@with_settings(MODEL_OPTIONS, FRAMES_OPTIONS, OUTPUT_OPTIONS)
 def finetune(
-    data: Annotated[
-        Path | None, _option("Data", "--data", metavar="FILE", help="Rows to learn; see keye data check.")
-    ] = None,
-    eval_data: Annotated[
-        Path | None,
-        _option("Data", "--eval-data", metavar="FILE", help="Rows that are measured, not learnt."),
-    ] = None,
-    format: Annotated[
-        str | None, _option("Data", "--format", metavar="NAME", help="Form of the rows. Default: by columns.")
-    ] = None,
-    dataset: Annotated[
-        str | None, _option("Data", "--dataset", metavar="NAME", help="Its name in a dataset_info.json.")
-    ] = None,
-    media_root: Annotated[
-        Path | None,
-        _option("Data", "--media-root", metavar="DIR", help="What relative paths of videos count from."),
-    ] = None,
-    strict: Annotated[
-        bool,
-        _option("Data", "--strict", help="Stop at a row that cannot be used, instead of leaving it out."),
-    ] = False,
+    data: Data = None,
+    eval_data: EvalData = None,
+    format: Format = None,
+    dataset: Dataset = None,
+    media_root: MediaRoot = None,
+    strict: Strict = False,
     workers: Annotated[
-        int, _option("Data", "--workers", metavar="N", help="Processes that decode the next rows' videos.")
+        int,
+        training_option(
+            "Data", "--workers", metavar="N", help="Processes that decode the next rows' videos."
+        ),
     ] = 0,
-    out: Annotated[
-        Path | None,
-        _option("Run", "--out", "-o", metavar="DIR", help="Folder of the run and of what it makes."),
-    ] = None,
+    out: Out = None,
     train: Annotated[
         str,
-        _option(
+        training_option(
             "Run",
             "--train",
             metavar="WHAT",
             help="lora, full, projector, indexer or sparse; with them projector, vision, router: lora,projector.",
         ),
     ] = "lora",
-    rank: Annotated[int, _option("Run", "--rank", metavar="N", help="Rank of an adapter.")] = 16,
-    alpha: Annotated[
-        float, _option("Run", "--alpha", metavar="X", help="An adapter counts alpha / rank.")
-    ] = 32,
-    dropout: Annotated[
-        float, _option("Run", "--dropout", metavar="P", help="Of an adapter's inputs, while training.")
-    ] = 0.0,
-    targets: Annotated[
-        str | None,
-        _option("Run", "--targets", metavar="LIST", help="What is adapted. Default: attention,experts."),
-    ] = None,
+    rank: Rank = 16,
+    alpha: Alpha = 32,
+    dropout: Dropout = 0.0,
+    targets: Targets = None,
     lr: Annotated[
         float | None,
-        _option(
+        training_option(
             "Run",
             "--lr",
             metavar="X",
             help="Learning rate. Default: 1e-4 for lora and projector, 1e-3 for indexer, else 1e-5.",
         ),
     ] = None,
-    weight_decay: Annotated[float, _option("Run", "--weight-decay", metavar="X", help="Of matrices.")] = 0.0,
-    epochs: Annotated[int, _option("Run", "--epochs", metavar="N", help="How often each row is learnt.")] = 1,
+    weight_decay: WeightDecay = 0.0,
+    epochs: Annotated[
+        int, training_option("Run", "--epochs", metavar="N", help="How often each row is learnt.")
+    ] = 1,
     steps: Annotated[
-        int | None, _option("Run", "--steps", metavar="N", help="So many updates, in the place of --epochs.")
+        int | None,
+        training_option("Run", "--steps", metavar="N", help="So many updates, in the place of --epochs."),
     ] = None,
     batch_tokens: Annotated[
-        int, _option("Run", "--batch-tokens", metavar="N", help="Tokens of an update, over all GPUs.")
+        int, training_option("Run", "--batch-tokens", metavar="N", help="Tokens of an update, over all GPUs.")
     ] = 65_536,
-    max_length: Annotated[
-        int | None,
-        _option(
-            "Run",
-            "--max-length",
-            metavar="N",
-            help="Tokens of the longest row; shorter ones are packed up to it. Default: 32768, or the model's context.",
-        ),
-    ] = None,
-    seed: Annotated[int, _option("Run", "--seed", metavar="N", help="Of the order and of new weights.")] = 0,
-    optimizer: Annotated[
-        str,
-        _option(
-            "Run", "--optimizer", metavar="NAME", help="adamw, or of bitsandbytes adamw8bit, paged-adamw8bit."
-        ),
-    ] = "adamw",
-    checkpointing: Annotated[
-        bool,
-        _option(
-            "Run",
-            "--checkpointing/--no-checkpointing",
-            help="Compute layers twice in the place of keeping them.",
-        ),
-    ] = True,
-    deterministic: Annotated[
-        bool,
-        _option(
-            "Run",
-            "--deterministic/--no-deterministic",
-            help="The same bits every time on a GPU, too, where sums otherwise come in any order; slower.",
-        ),
-    ] = False,
-    resume: Annotated[
-        bool, _option("Run", "--resume", help="Go on with the run in --out from its last checkpoint.")
-    ] = False,
-    overwrite: Annotated[bool, _option("Run", "--overwrite", help="Begin anew in a folder in use.")] = False,
-    save_steps: Annotated[
-        int, _option("Run", "--save-steps", metavar="N", help="A checkpoint every so many updates …")
-    ] = 200,
-    save_minutes: Annotated[
-        float, _option("Run", "--save-minutes", metavar="M", help="… and every so many minutes.")
-    ] = 15.0,
-    keep: Annotated[int, _option("Run", "--keep", metavar="N", help="How many checkpoints stay.")] = 2,
-    eval_steps: Annotated[
-        int,
-        _option(
-            "Run", "--eval-steps", metavar="N", help="Measure --eval-data so often. Default: at the end."
-        ),
-    ] = 0,
-    tensorboard: Annotated[
-        bool, _option("Output", "--tensorboard", help="Write events for TensorBoard too.")
-    ] = False,
-    config: Annotated[
-        Path | None,
-        _option(
-            "Several GPUs",
-            "--config",
-            metavar="FILE",
-            help="accelerate's configuration (.yaml): starts its processes. A .toml file is read in the place of ./keye.toml.",
-        ),
-    ] = None,
+    max_length: MaxLength = None,
+    seed: Seed = 0,
+    optimizer: Optimizer = "adamw",
+    checkpointing: Checkpointing = True,
+    deterministic: Deterministic = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    save_steps: SaveSteps = 200,
+    save_minutes: SaveMinutes = 15.0,
+    keep: Keep = 2,
+    eval_steps: EvalSteps = 0,
+    tensorboard: TensorBoard = False,
+    config: Config = None,
     shard: Annotated[
         bool | None,
-        _option(
+        training_option(
             "Several GPUs",
             "--shard/--no-shard",
             help="Each process holds a part of every layer (FSDP2). Default: as accelerate says, else whole models.",
@@ -177,32 +128,20 @@ def finetune(
     Rows are those of ms-swift, LLaMA-Factory, TRL, Qwen, TimeLens and keye forge, as they are. A run may be stopped at any
     time, by Ctrl-C too, and goes on with --resume. Several GPUs: --config accelerate.yaml, or torchrun -m keyecli finetune.
     """  # fmt: skip
-    if config is not None and config.suffix in (".yaml", ".yml"):
-        _launch(config)
+    take_config(config)
     if data is None or out is None:
         raise UsageError("give --data FILE and -o DIR, as in `keye finetune --data rows.jsonl -o runs/first`")
-    # A keye.toml was read when the options were.
-    if config is not None and config.suffix != ".toml":
-        raise UsageError(
-            f"--config {config} must be accelerate's configuration (.yaml) or a settings file (.toml)"
-        )
     sampling_options = ask_options(settings, start=None, end=None, duration=None, subtitles=None)
     with leaving_at_once():
         from keyecli.engine.encoded import frame_cache
         from keyecli.engine.loaded import open_model
-        from keyecli.model.lora import LoraSettings
         from keyecli.tasks.options import ask_settings
         from keyecli.training.finetune import FinetuneSettings
         from keyecli.training.finetune import finetune as run
         from keyecli.training.network import trained
 
     what = trained(train)
-    adapter = LoraSettings(
-        rank,
-        alpha,
-        dropout,
-        **({} if targets is None else {"targets": tuple(targets.split(","))}),  # type: ignore[arg-type]
-    )
+    adapter = lora_settings(rank, alpha, dropout, targets)
     arguments = load_arguments(settings)
     files = open_model(
         arguments["model"],
@@ -246,38 +185,11 @@ def finetune(
             overwrite=overwrite,
             frame_cache=frame_cache(settings.cache_size) if settings.cache else None,
             on_estimate=_tell_estimate,
-            on_start=_quieten,
+            on_start=quieten,
             on_step=_stepper(on_progress),
         )
     if int(os.environ.get("RANK", "0")) == 0:
         console.result(json.dumps(made.to_dict()) if settings.json else _said(made))
-
-
-def _launch(config: Path) -> None:
-    """Start this command in the processes that accelerate's configuration names, in the place of this one."""
-    if not config.is_file():
-        raise UsageError(
-            f"--config {config} does not exist: accelerate config --config_file {config} writes one"
-        )
-    arguments = sys.argv[1:]
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip or argument.startswith("--config="):
-            skip = False
-        elif argument == "--config":
-            skip = True
-        else:
-            kept.append(argument)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*launcher, "-m", "keyecli", *kept])
-
-
-def _quieten(processes: Processes) -> None:
-    """Of several processes the first one speaks."""
-    if not processes.first:
-        console.quiet = True
 
 
 def _tell_estimate(estimate: Estimate) -> None:

@@ -45,7 +45,14 @@ RESULTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "held_out_loss_after": ("held-out loss after", "{:.4f}".format),
     "held_out_exact_before": ("held-out rows exactly right before", _percent),
     "held_out_exact_after": ("held-out rows exactly right after", _percent),
+    "reward_first": ("mean reward, first step", "{:.4f}".format),
+    "reward_last": ("mean reward, last step", "{:.4f}".format),
+    "divergence_first": ("divergence from the teachers, first step", "{:.4f}".format),
+    "divergence_last": ("divergence from the teachers, last step", "{:.4f}".format),
+    "held_out_reward_before": ("held-out reward before", "{:.4f}".format),
+    "held_out_reward_after": ("held-out reward after", "{:.4f}".format),
     "held_out_rows": ("held-out rows", _count),
+    "tries": ("answers tried", _count),
     "tokens": ("tokens", _count),
     "learnt_tokens": ("tokens learnt", _count),
     "seconds": ("time", format_time),
@@ -66,19 +73,20 @@ def write_card(
     results: Mapping[str, Any],
     machine: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
+    method: str = "",
 ) -> Path:
     """Write README.md into the folder of an adapter or a model, in the place of one that is there, and return its path.
 
     train: as `--train` says it. data: files by `path`, `sha256`, `rows` and, where known, `skipped`. results: names of `RESULTS`,
-    and others. samples: rows by their columns (source, question, expected, answer). Texts of the data never become markup.
-    KeyeError when the disk does not take it.
+    and others. samples: rows by their columns (source, question, expected, answer). method: how it learnt, where that is not by
+    given answers. Texts of the data never become markup. KeyeError when the disk does not take it.
     """
     main, *extras = [name.strip() for name in train.split(",")]
     adapter = main == "lora" or (folder / ADAPTER_CONFIG_NAME).is_file()
     blocks = [
         _front_matter(base, adapter, main),
         f"# {_text(title)}",
-        _introduction(base, base_revision, main, extras),
+        _introduction(base, base_revision, main, extras, method),
         "## Use",
         _usage(folder, adapter),
         "## Trained on",
@@ -87,7 +95,7 @@ def write_card(
         *(["## Samples of held-out rows", _rows_table(samples)] if samples else []),
         *(["## Settings", _pairs_table("setting", settings)] if settings else []),
         *(["## Machine", _pairs_table("", machine)] if machine else []),
-        "*Written by keye finetune.*",
+        "*Written by keye.*",
     ]
     path = folder / CARD_NAME
     write_texts([(path, "\n\n".join(blocks) + "\n")], overwrite=True)
@@ -107,10 +115,11 @@ def _front_matter(base: str, adapter: bool, main: str) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in (*tags, *([main] if known else []))), "---"])
 
 
-def _introduction(base: str, revision: str, main: str, extras: Sequence[str]) -> str:
+def _introduction(base: str, revision: str, main: str, extras: Sequence[str], method: str) -> str:
     what = WHAT_LEARNT.get(main, _text(main))
     also = f", with {' and '.join(map(_text, extras))}" if extras else ""
-    return f"What was trained: {what}{also}. Base: {_text(base)}, weights {_text(revision)}."
+    how = f", by {_text(method)}" if method else ""
+    return f"What was trained: {what}{also}{how}. Base: {_text(base)}, weights {_text(revision)}."
 
 
 def _usage(folder: Path, adapter: bool) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from keyecli.engine.plan import InputPlan, plan_inputs
+from keyecli.engine.thinking import split_answer
 from keyecli.errors import KeyeError
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import IGNORED_LABEL
-from keyecli.model.prompt import Visual, prompt_positions, token_ids
+from keyecli.model.prompt import Prompt, Visual, layout, prompt_positions, token_ids
 from keyecli.tasks.ask import reserved_words
 from keyecli.tasks.options import budget_of
 from keyecli.training.rows import Message, RowError, TrainingRow, VisualRef
@@ -87,6 +88,29 @@ def lay_out_row(
     # Nothing follows the last token.
     tokens = sum(visual.tokens for visual in visuals)
     return Example(row.source, input_ids[:-1], positions[:, :-1], targets, tokens)
+
+
+def asked(row: TrainingRow, think: bool) -> tuple[TrainingRow, str | None]:
+    """The row up to its last question, whose answer is still to be written with or without thinking, and the answer that the row
+    gives, without its thought; None where it gives none. RowError for a row without a question."""
+    last = max((place for place, message in enumerate(row.messages) if message.role == "user"), default=None)
+    if last is None:
+        raise RowError(f"{row.source}: the row has no question")
+    open_answer = Message("assistant", (THINK_OPEN if think else "",))
+    given = next((message.text for message in row.messages[last + 1 :] if message.role == "assistant"), None)
+    answer = None if given is None else split_answer(given)[1]
+    return replace(row, messages=(*row.messages[: last + 1], open_answer)), answer
+
+
+def lay_out_prompt(
+    tokenizer: Any, config: KeyeVL2Config, row: TrainingRow, visuals: Sequence[Visual]
+) -> Prompt:
+    """The input behind which a model writes the last answer of a row, as `asked` gives it. RowError as `lay_out_row`."""
+    *before, _ = segments(tokenizer, row)
+    try:
+        return layout(tokenizer, config, "".join(text for text, _ in before), visuals)
+    except ValueError as error:
+        raise RowError(f"{row.source}: {error}") from error
 
 
 def segments(tokenizer: Any, row: TrainingRow) -> Iterator[tuple[str, bool]]:

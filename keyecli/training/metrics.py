@@ -74,7 +74,7 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, in order; a last line that was never finished is passed over.
 
-    InputError for a file that cannot be read, or that keye finetune did not write.
+    InputError for a file that cannot be read, or that keye's training did not write.
     """
     try:
         content = path.read_bytes()
@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         return [record for _, record in _records(content)]
     except ValueError as error:
-        raise InputError(f"{path} was not written by keye finetune: {error}") from error
+        raise InputError(f"{path} was not written by keye's training: {error}") from error
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -93,7 +93,7 @@ def _drop_after(path: Path, step: int) -> None:
         kept = b"".join(line for line, record in _records(content) if record["step"] <= step)
     except ValueError as error:
         raise UsageError(
-            f"{path} was not written by keye finetune ({error}): move it, or give another place with -o"
+            f"{path} was not written by keye's training ({error}): move it, or give another place with -o"
         ) from error
     if kept == content:
         return

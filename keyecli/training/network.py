@@ -141,16 +141,9 @@ class Network(nn.Module):
     def forward(self, batch: Pack, sight: Sight, measuring: bool = False) -> Sums:
         """A pack whose tensors are on the model's device. measuring: as the model answers, whatever learns."""
         model, what = self.model, self.what
-        model.model.mode = "dense" if what.main == "indexer" and not measuring else "sparse"
         answers, teach = what.answers or measuring, what.teaches_indexer and not measuring
-        visual = sight.embeds
-        if sight.patches is not None:
-            visual = model.encode_frames(sight.patches, sight.grids)
-        hidden, divergence = model.model(
-            model.embed(batch.input_ids, visual),
-            batch.position_ids,
-            segments=batch.segments,
-            teach_indexer=teach,
+        hidden, divergence = self._decoded(
+            batch, sight, teach, dense=what.main == "indexer" and not measuring
         )
         flat = batch.targets.flatten()
         learnt = (flat != IGNORED_LABEL).nonzero()[:, 0] if answers else flat.new_empty(0)
@@ -162,6 +155,26 @@ class Network(nn.Module):
             self._balance(),
             batch.tokens,
             _likeliest(model.logits, states, wanted) if measuring else None,
+        )
+
+    def states(self, batch: Pack, sight: Sight) -> Tensor:
+        """The last hidden states [S, D] before the learnt tokens of a pack, in their order."""
+        hidden, _ = self._decoded(batch, sight, teach=False, dense=False)
+        learnt = (batch.targets.flatten() != IGNORED_LABEL).nonzero()[:, 0]
+        return hidden.flatten(0, 1)[learnt]
+
+    def _decoded(self, batch: Pack, sight: Sight, teach: bool, dense: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [1, T, D], and the indexer's divergence if it is taught."""
+        model = self.model
+        model.model.mode = "dense" if dense else "sparse"
+        visual = sight.embeds
+        if sight.patches is not None:
+            visual = model.encode_frames(sight.patches, sight.grids)
+        return model.model(
+            model.embed(batch.input_ids, visual),
+            batch.position_ids,
+            segments=batch.segments,
+            teach_indexer=teach,
         )
 
     def fullest_expert(self) -> float:

@@ -218,8 +218,9 @@ class Run:
         results: Mapping[str, Any],
         samples: Sequence[Mapping[str, Any]],
         left_out: int,
+        method: str = "",
     ) -> None:
-        """README.md of what the run made."""
+        """README.md of what the run made; see `write_card`."""
         settings = self.settings
         write_card(
             self.out,
@@ -246,6 +247,7 @@ class Run:
                 "keyecli": __version__,
             },
             samples=samples,
+            method=method,
         )
 
 

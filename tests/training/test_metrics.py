@@ -112,7 +112,7 @@ def test_a_new_run_begins_an_empty_file_and_resuming_without_one_begins_it(tmp_p
 def test_another_programs_file_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"loss": 1}\n')
-    with pytest.raises(UsageError, match="was not written by keye finetune"):
+    with pytest.raises(UsageError, match="was not written by keye's training"):
         Metrics(path, resume_step=1)
     assert path.read_text() == '{"loss": 1}\n'
     with pytest.raises(InputError, match="line 1"):
