@@ -1,0 +1,476 @@
+"""A run of distillation: a student answers, the teacher of each row says what it would have written there, and the student moves
+towards it (multi-teacher on-policy distillation); it may be interrupted anywhere, and resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from keyecli.engine.loaded import LoadedModel, ModelFiles, free_memory_bytes, memory_limits
+from keyecli.errors import InputError, UsageError
+from keyecli.model.prompt import Prompt, Visual
+from keyecli.training.data import DataFile, open_data
+from keyecli.training.distill_loss import (
+    Aligned,
+    Estimator,
+    Metrics,
+    Sampled,
+    Side,
+    check_same,
+    distill_losses,
+    repetition_penalty,
+    token_weights,
+)
+from keyecli.training.distributed import Processes, add_gradients, joined
+from keyecli.training.estimate import TrainingEstimate
+from keyecli.training.learner import Learner
+from keyecli.training.metrics import Metrics as MetricsFile
+from keyecli.training.network import Main, Network, moved
+from keyecli.training.on_policy import (
+    PAGE_FILE,
+    ROLLOUTS_FILE,
+    EvalFigures,
+    OnPolicyRun,
+    OnPolicySettings,
+    ShownGroup,
+    means,
+    told_of,
+)
+from keyecli.training.packing import Pack
+from keyecli.training.rewards import Composite, Scores
+from keyecli.training.rollout_page import write_page
+from keyecli.training.rollouts import Group, Rollout, group_pack, passes
+from keyecli.training.run import METRICS_FILE, deterministic, refuse, require_folder, stopping
+from keyecli.training.schedule import LEARNING_RATES, Schedule
+from keyecli.training.sight import Seen
+from keyecli.training.teachers import Route, Teacher, load_teachers, route_of
+from keyecli.training.trainer import NotFiniteError
+
+OnStep = Callable[[int, float, "DistillFigures"], None]
+"""Told after each step: its number, the share of the run that is done, and its figures."""
+
+UNSCORED = Scores(None, {})
+
+
+@dataclass(frozen=True)
+class DistillSettings(OnPolicySettings):
+    """Everything that decides a run besides its student, its teachers and its data. routes: as their file gives them."""
+
+    rollouts: int = 1
+    prompts: int = 16
+    estimator: Estimator = field(default_factory=Estimator)
+    weighs: bool = True
+    routes: tuple[str, ...] = ()
+
+    COMMAND: ClassVar[str] = "keye distill"
+    RATES: ClassVar[Mapping[Main, float]] = LEARNING_RATES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator.k < 1:
+            raise UsageError(f"--top-k must be at least 1, not {self.estimator.k}")
+
+
+@dataclass
+class DistillFigures:
+    """What a step came to, over all processes. advantage, divergence, overlap, support: means over the sampled tokens, see
+    `distill_loss.Metrics`; teachers: the divergence from each; entropy: mean −log p of the sampled tokens, as they were drawn."""
+
+    loss: float | None = None
+    advantage: float | None = None
+    divergence: float | None = None
+    overlap: float | None = None
+    support: float | None = None
+    entropy: float | None = None
+    teachers: dict[str, float] = field(default_factory=dict)
+    reward: float | None = None
+    families: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    length: float | None = None
+    truncated: float | None = None
+    unscored: int = 0
+    groups: int = 0
+    tokens: int = 0
+    norm: float | None = None
+    lr: float = 0.0
+    rollouts_per_s: float = 0.0
+    seconds: float = 0.0
+    generate_s: float = 0.0
+    train_s: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run made: `folder` holds an adapter or a model; before and after are the held-out rows' figures."""
+
+    folder: Path
+    train: str
+    steps: int
+    tries: int
+    left_out: int
+    seconds: float
+    divergence_first: float | None
+    divergence_last: float | None
+    peak_bytes: int
+    before: EvalFigures | None
+    after: EvalFigures | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, schema keye.distill/1."""
+        return {"schema": "keye.distill/1", **asdict(self), "folder": str(self.folder)}
+
+
+def distill(
+    files: ModelFiles,
+    data: Path,
+    out: Path,
+    settings: DistillSettings,
+    routes: Sequence[Route],
+    score: Composite,
+    *,
+    format: str | None = None,
+    dataset: str | None = None,
+    media_root: Path | None = None,
+    eval_data: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    frame_cache: Any = None,
+    on_estimate: Callable[[TrainingEstimate], None] | None = None,
+    on_start: Callable[[Processes], None] | None = None,
+    on_step: OnStep | None = None,
+) -> Distilled:
+    """Train and write OUT; errors as `keyecli.training.rl.reinforce`, and those of routes and teachers."""
+    refuse(files, settings)
+    with deterministic(settings.deterministic), joined(files.device, None) as (processes, device):
+        if on_start:
+            on_start(processes)
+        if processes.sharded:
+            raise UsageError("keye distill answers with whole models: use a configuration without FSDP")
+        rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
+        held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
+        require_folder(out, resume, overwrite, processes)
+        run = _Distilling(
+            replace(files, device=device),
+            rows,
+            held_out,
+            out,
+            settings,
+            processes,
+            frame_cache,
+            score,
+            routes,
+        )
+        return run.go(resume, on_estimate, on_step)
+
+
+@dataclass(frozen=True)
+class TaughtGroup:
+    """What the student wrote about a prompt, and who teaches it there."""
+
+    group: Group
+    prompt: Prompt
+    seen: Seen
+    teacher: Teacher
+
+
+class DistillTrainer(Learner):
+    """A student that moves towards the teachers of what it wrote; `step` makes one update for each minibatch."""
+
+    def __init__(
+        self, loaded: LoadedModel, network: Network, processes: Processes, settings: DistillSettings
+    ) -> None:
+        schedule = Schedule(settings.rate, weight_decay=settings.weight_decay)
+        super().__init__(loaded, network, schedule, processes, settings.optimizer)
+        self.settings = settings
+
+    def step(self, groups: Sequence[TaughtGroup], share: float) -> DistillFigures:
+        """Learn from this process's groups, at `share` of the run. NotFiniteError when a loss is not a number."""
+        settings = self.settings
+        figures = DistillFigures(lr=self.schedule.learning_rate(share))
+        self.training()
+        told: list[dict[str, Any]] = []
+        for number in range(settings.minibatches):
+            batch = groups[number :: settings.minibatches]
+            own = sum(len(one.token_ids) for taught in batch for one in taught.group.rollouts)
+            total = self.processes.sum(torch.tensor(float(own), device=self.device)).clamp(min=1)
+            with self.timed("train_s"):
+                for taught in batch:
+                    told += self._learn(taught, total)
+                self._refuse_not_finite(told)
+                add_gradients(self.parameters, self.processes)
+            figures.norm = max(figures.norm or 0.0, self.update(figures.lr))
+        gathered: list[list[dict[str, Any]]] = self.processes.gathered(told)  # type: ignore[assignment]
+        self._tell(figures, [one for part in gathered for one in part])
+        return figures
+
+    def _learn(self, taught: TaughtGroup, total: Tensor) -> list[dict[str, Any]]:
+        """Gradients of a group; gives the sums of its figures."""
+        rollouts = taught.group.rollouts
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        source = taught.group.prompt.row.source
+        view, view_seen = taught.teacher.view(taught.group.prompt, taught.prompt, taught.seen)
+        told = []
+        for places in passes(len(taught.prompt.input_ids), lengths, self.settings.max_length):
+            chosen = [rollouts[place] for place in places]
+            batch = moved(group_pack(taught.prompt, source, chosen), self.device)
+            theirs = moved(group_pack(view, source, chosen), taught.teacher.loaded.device)
+            check_same(aligned(batch, taught.seen, taught.prompt), aligned(theirs, view_seen, view))
+            teacher = taught.teacher.side(theirs, view_seen.sight)
+            student = Side(self.network.states(batch, taught.seen.sight), self.loaded.model.logits)
+            losses, found = distill_losses(
+                student, teacher, self._sampled(taught, chosen), self.settings.estimator
+            )
+            (losses.sum() / total).backward()
+            told.append(self._sums(taught, losses.detach(), found, chosen))
+        return told
+
+    def _sampled(self, taught: TaughtGroup, chosen: Sequence[Rollout]) -> Sampled:
+        ids = [torch.tensor(rollout.token_ids) for rollout in chosen]
+        weights = [
+            token_weights(self.loaded.tokenizer, rollout.token_ids, taught.prompt.thinking_open)
+            if self.settings.weighs
+            else torch.ones(len(rollout.token_ids))
+            for rollout in chosen
+        ]
+        penalties = [repetition_penalty(one) for one in ids]
+        return Sampled(*(torch.cat(each).to(self.device) for each in (ids, weights, penalties)))
+
+    def _sums(
+        self, taught: TaughtGroup, losses: Tensor, found: Metrics, chosen: Sequence[Rollout]
+    ) -> dict[str, Any]:
+        drawn = [value for rollout in chosen for value in rollout.log_probs]
+        return {
+            "source": taught.group.prompt.row.source,
+            "teacher": taught.teacher.name,
+            "tokens": len(losses),
+            "loss": float(losses.sum()),
+            "entropy": -sum(drawn),
+            **{
+                name: float(getattr(found, name).float().sum())
+                for name in ("advantage", "divergence", "overlap", "support")
+            },
+        }
+
+    def _refuse_not_finite(self, told: Sequence[dict[str, Any]]) -> None:
+        bad = sorted({one["source"] for one in told if not math.isfinite(one["loss"])})
+        named: list[str] = [name for part in self.processes.gathered(bad) for name in part]  # type: ignore[attr-defined]
+        if named:
+            self.drop_gradients()
+            raise NotFiniteError(
+                f"the loss is not a number in {', '.join(named[:8])}{' …' if len(named) > 8 else ''}: "
+                "look at these rows, or lower --lr"
+            )
+
+    def _tell(self, figures: DistillFigures, told: Sequence[dict[str, Any]]) -> None:
+        """Means over the sampled tokens of all processes."""
+        figures.tokens = sum(one["tokens"] for one in told)
+        if not figures.tokens:
+            return
+        for name in ("loss", "advantage", "divergence", "overlap", "support", "entropy"):
+            setattr(figures, name, sum(one[name] for one in told) / figures.tokens)
+        figures.teachers = means(
+            (one["teacher"], one["divergence"] / one["tokens"]) for one in told if one["tokens"]
+        )
+
+
+def aligned(batch: Pack, seen: Seen, prompt: Prompt) -> Aligned:
+    """What of a pack has to be the same for student and teacher; positions count from where the answers begin, since templates
+    may differ before that."""
+    learnt = batch.rows[0] >= 0
+    targets = batch.targets[0][learnt].tolist()
+    positions = (batch.position_ids[0, 0][learnt] - (prompt.next_position - 1)).tolist()
+    return Aligned(
+        response_ids=targets,
+        visual_tokens=[visual.tokens for visual in seen.visuals],
+        frame_times_s=[time_s for visual in seen.visuals for time_s in times_of(visual)],
+        response_positions=positions,
+    )
+
+
+def times_of(visual: Visual) -> tuple[float, ...]:
+    """When the frames of a visual are shown; an image is one at no time."""
+    return visual.times_s or (0.0,)
+
+
+class _Distilling(OnPolicyRun):
+    """One run of distillation: what has been done so far."""
+
+    settings: DistillSettings
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        rows: DataFile,
+        held_out: DataFile | None,
+        out: Path,
+        settings: DistillSettings,
+        processes: Processes,
+        frame_cache: Any,
+        score: Composite,
+        routes: Sequence[Route],
+    ) -> None:
+        super().__init__(files, rows, held_out, out, settings, processes, frame_cache, score)
+        self.routes = routes
+        self.totals: dict[str, Any] = {"tries": 0, "seconds": 0.0, "peak": 0}
+        self.divergences: list[float] = []
+
+    def go(
+        self,
+        resume: bool,
+        on_estimate: Callable[[TrainingEstimate], None] | None,
+        on_step: OnStep | None,
+    ) -> Distilled:
+        settings = self.settings
+        estimate = self.estimate()
+        if on_estimate and self.processes.first:
+            on_estimate(estimate)
+        estimate.check(free_memory_bytes(self.files.device))
+        with memory_limits(self.files.device), ExitStack() as stack:
+            network = self.load()
+            self.teachers = load_teachers(self.routes, self.files, self.loaded, network)
+            network.keeper.room_bytes = estimate.room_bytes(free_memory_bytes(self.files.device))
+            self.trainer = DistillTrainer(self.loaded, network, self.processes, settings)
+            self.begin(range(len(self.rows)))
+            step = self._resume() if resume else 0
+            metrics = self.metrics(stack, step if resume else None)
+            self.keep_rollouts_until(step)
+            held_out = self.held_out_prompts()
+            if step == 0:
+                self.before, _ = self.evaluated(held_out)
+                self.tell_eval(metrics, 0, self.before)
+            step = self._train(metrics, step, on_step)
+            after, samples = self.evaluated(held_out)
+            self.tell_eval(metrics, step, after)
+        return self._write(step, after, samples)
+
+    def _train(self, metrics: MetricsFile | None, step: int, on_step: OnStep | None) -> int:
+        settings = self.settings
+        total = settings.steps or 1
+        held_out = self.held_out_prompts() if settings.eval_steps else []
+        with stopping() as stop:
+            while step < total:
+                figures = self._step(step, total)
+                step += 1
+                if metrics is not None:
+                    metrics.write("step", step, **asdict(figures))
+                if on_step and self.processes.first:
+                    on_step(step, step / total, figures)
+                self.save_in_time(self.trainer, step, stop, self._state())
+                if settings.eval_steps and step % settings.eval_steps == 0 and step < total:
+                    self.tell_eval(metrics, step, self.evaluated(held_out)[0])
+        self.save(self.trainer, step, self._state())
+        return step
+
+    def _step(self, step: int, total: int) -> DistillFigures:
+        """Draw, ask the teachers, learn."""
+        begin_s = time.perf_counter()
+        self.loaded.model.eval()
+        groups = [taught for group in self.taken(self.own_prompts()) if (taught := self._taught(group, step))]
+        drawn_s = time.perf_counter()
+        figures = self.trainer.step(groups, step / total)
+        figures.train_s, figures.generate_s = time.perf_counter() - drawn_s, drawn_s - begin_s
+        scores = [self._scores(taught.group) for taught in groups]
+        tries = self.all_tries(
+            (taught.group, rollout, one)
+            for taught, own in zip(groups, scores, strict=True)
+            for rollout, one in zip(taught.group.rollouts, own, strict=True)
+        )
+        for name, value in told_of(tries).items():
+            setattr(figures, name, value)
+        figures.groups = len(tries) // self.settings.rollouts
+        figures.rollouts_per_s = len(tries) / figures.generate_s
+        figures.seconds = time.perf_counter() - begin_s
+        figures.peak_bytes = self.trainer.peak_bytes()
+        nothing = [None] * self.settings.rollouts
+        self.write_tries(
+            step + 1,
+            [ShownGroup(taught.group, own, nothing) for taught, own in zip(groups, scores, strict=True)],
+        )
+        self.totals["tries"] += len(tries)
+        self.totals["seconds"] += figures.seconds
+        self.totals["peak"] = max(self.totals["peak"], figures.peak_bytes)
+        if figures.divergence is not None:
+            self.divergences.append(figures.divergence)
+        return figures
+
+    def _taught(self, group: Group, version: int) -> TaughtGroup | None:
+        """A group that the student has answered; None where its frames cannot be read."""
+        teacher = self.teachers[route_of(self.routes, group.prompt)]
+        try:
+            seen = self.see(group.prompt)
+        except InputError as error:
+            self.leave_out(group.prompt.index, error)
+            return None
+        self.policy.roll_out(group.prompt, seen, group.rollouts, version)
+        return TaughtGroup(group, self.policy.lay_out(group.prompt, seen), seen, teacher)
+
+    def _scores(self, group: Group) -> Sequence[Scores]:
+        """For whoever watches: nothing is learnt from them, and a row need not have any."""
+        try:
+            return self.score([self.attempt(group.prompt, rollout) for rollout in group.rollouts])
+        except InputError:
+            return [UNSCORED] * len(group.rollouts)
+
+    # Checkpoints, and what comes out.
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "taken": self.processes.gathered(self.order.taken),
+            "totals": self.totals,
+            "divergences": self.divergences,
+            "before": None if self.before is None else asdict(self.before),
+            "left_out": self.left_out,
+        }
+
+    def _resume(self) -> int:
+        state = self.resume(self.trainer)
+        self.require_processes(len(state["taken"]))
+        self.order.taken = state["taken"][self.processes.rank]
+        self.totals, self.divergences = state["totals"], state["divergences"]
+        self.left_out = state["left_out"]
+        self.before = None if state["before"] is None else EvalFigures(**state["before"])
+        return state["step"]
+
+    def _write(self, step: int, after: EvalFigures | None, samples: Sequence[Mapping[str, Any]]) -> Distilled:
+        result = Distilled(
+            folder=self.out,
+            train=str(self.settings.train),
+            steps=step,
+            tries=self.totals["tries"],
+            left_out=len(self.left_out),
+            seconds=self.totals["seconds"],
+            divergence_first=self.divergences[0] if self.divergences else None,
+            divergence_last=self.divergences[-1] if self.divergences else None,
+            peak_bytes=self.totals["peak"],
+            before=self.before,
+            after=after,
+        )
+        self.write_weights(self.trainer.network)
+        if self.processes.first:
+            write_page(
+                self.out / METRICS_FILE, self.out / ROLLOUTS_FILE, self.out / PAGE_FILE, f"{self.out.name}: keye distill"
+            )  # fmt: skip
+            results = {
+                "steps": step,
+                "tries": result.tries,
+                "divergence_first": result.divergence_first,
+                "divergence_last": result.divergence_last,
+                "held_out_reward_before": self.before and self.before.reward,
+                "held_out_reward_after": after and after.reward,
+                "seconds": result.seconds,
+                "peak_bytes": result.peak_bytes,
+            }
+            names = ", ".join(dict.fromkeys(Path(route.name).name for route in self.routes))
+            method = f"on-policy distillation ({self.settings.estimator.mode}) from {names}"
+            self.write_run_card(results, samples, result.left_out, method)
+        self.processes.wait()
+        return result

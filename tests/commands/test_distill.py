@@ -1,0 +1,155 @@
+"""`keye distill` as a user runs it: a student with the teachers of its rows, refusals, and that nothing is lost when it stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Keye, run_keye
+from tests.commands.test_rl import metrics, weights
+from tests.training.rows import write_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+SMALL = ("--prompts", "3", "--max-tokens", "6", "--max-length", "1200", "--fps", "0.5", "--no-cache", "-q")
+ROUTES = """
+[[teacher]]
+adapter = "first"
+modalities = ["video"]
+
+[[teacher]]
+adapter = "second"
+tasks = "words"
+"""
+
+
+@pytest.fixture
+def data(folder: Path, tiny_checkpoint: Path, keye: Keye) -> Path:
+    """Rows, and two adapters that teach different things about them."""
+    rows = write_data(folder / "rows.jsonl", texts=4, videos=2, task="words")
+    for name, seed in (("first", "1"), ("second", "2")):
+        teach = (
+            "finetune",
+            "--data",
+            str(rows),
+            "-m",
+            str(tiny_checkpoint),
+            "-o",
+            name,
+            "--steps",
+            "3",
+            "--lr",
+            "3e-2",
+        )
+        few = (
+            "--rank",
+            "4",
+            "--batch-tokens",
+            "400",
+            "--max-length",
+            "1200",
+            "--fps",
+            "0.5",
+            "--no-cache",
+            "-q",
+        )
+        assert keye(*teach, *few, "--seed", seed)[0] == 0
+    (folder / "routes.toml").write_text(ROUTES, encoding="utf-8")
+    return rows
+
+
+def arguments(data: Path, model: Path, out: str, *more: str) -> list[str]:
+    return [
+        "distill",
+        "--data",
+        str(data),
+        "--teachers",
+        "routes.toml",
+        "-m",
+        str(model),
+        "-o",
+        out,
+        *SMALL,
+        *more,
+    ]
+
+
+def test_two_teachers_into_one_adapter(data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path) -> None:
+    more = ("--steps", "6", "--lr", "1e-2", "--reward", "exact", "--eval-data", str(data), "--json")
+    code, out, err = keye(*arguments(data, tiny_checkpoint, "run", *more))
+    assert (code, err) == (0, "")
+    made = json.loads(out)
+    steps = metrics(folder / "run", "step")
+    assert (made["schema"], made["steps"], made["tries"]) == ("keye.distill/1", 6, 18)
+    assert {name for step in steps for name in step["teachers"]} == {"first", "second"}
+    assert steps[-1]["divergence"] < 0.7 * steps[0]["divergence"]
+    assert made["after"]["rows"] == 6
+    assert "on-policy distillation (overlap) from first, second" in (folder / "run" / "README.md").read_text()
+    assert (folder / "run" / "rollouts.html").is_file()
+    assert weights(folder / "run") != weights(folder / "first")
+
+
+@pytest.mark.parametrize(
+    "more", [("--mode", "student", "--no-weights"), ("--mode", "teacher-on-student"), ("--literal",)]
+)
+def test_other_estimators(
+    more: tuple[str, ...], data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path
+) -> None:
+    code, _, err = keye(*arguments(data, tiny_checkpoint, "run", "--steps", "1", *more))
+    assert (code, err) == (0, "")
+    (step,) = metrics(folder / "run", "step")
+    assert step["divergence"] > 0
+    # Rows need not have anything that answers could be compared with: the default reward knows no task of that name.
+    assert step["groups"] == 3
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(
+    data: Path, tiny_checkpoint: Path, isolated: dict[str, str], folder: Path
+) -> None:
+    more = ("--steps", "4", "--save-steps", "1", "--lr", "1e-2")
+    whole = run_keye(*arguments(data, tiny_checkpoint, "whole", *more), env=isolated)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "keyecli", *arguments(data, tiny_checkpoint, "killed", *more)]
+    with subprocess.Popen(command, env=isolated, stderr=subprocess.DEVNULL) as process:
+        checkpoint = folder / "killed" / "checkpoints" / "step-00000002" / "state.json"
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    last = run_keye(*arguments(data, tiny_checkpoint, "killed", *more, "--resume"), env=isolated)
+    assert last.returncode == 0, last.stderr
+    assert weights(folder / "killed") == weights(folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--teachers", "absent.toml"], 2, "--teachers absent.toml cannot be read"),
+        (["--mode", "forward"], 2, "--mode forward is not known; use overlap, student, teacher-on-student"),
+        (["--top-k", "0"], 2, "--top-k must be at least 1"),
+        (["--train", "projector"], 2, "--train projector does not go with keye distill"),
+        (["--train", "full"], 4, "with --train full its base would change under it"),
+        (["--targets", "attention"], 4, "which the student's adapter does not: name it in --targets"),
+        (["--teachers", "partial.toml"], 2, "no teacher takes the task words with"),
+    ],
+)
+def test_wrong_use(
+    more: list[str], code: int, said: str, data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path
+) -> None:
+    (folder / "partial.toml").write_text(
+        '[[teacher]]\nadapter = "first"\ntasks = "ground"\n', encoding="utf-8"
+    )
+    found, _, err = keye(*arguments(data, tiny_checkpoint, "run", "--steps", "1", *more))
+    assert (found, said in err) == (code, True), err
+    assert err.count("\n") == 1
+
+
+def test_what_has_to_be_given(keye: Keye) -> None:
+    code, _, err = keye("distill", "--data", "rows.jsonl", "-o", "run")
+    assert (code, err.startswith("keye: give --data FILE, --teachers FILE and -o DIR")) == (2, True)
