@@ -17,12 +17,9 @@ from typing import Any
 import keyecli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
-from evaluate import CONDITIONS, GROUNDING, answers, mean, measure
+from evaluate import CONDITIONS, Scores, answers, mean, old_table
 
 AS_TRAINED = CONDITIONS[0]
-OLD_SEED = 7
-
-Scores = dict[str, list[float]]
 
 
 def exact_answers(keye: keyecli.Keye, data: Path) -> Scores:
@@ -36,16 +33,6 @@ def exact_answers(keye: keyecli.Keye, data: Path) -> Scores:
         given = answers(keye, data.parent / clip, rows, AS_TRAINED)
         for row, answer in zip(rows, given, strict=True):
             scores[row.get("kind", row["task"])].append(float(answer == row["answer"]))
-    return scores
-
-
-def old_table(keye: keyecli.Keye, clips: int) -> Scores:
-    """Scores of nano's card by task: exact answers, temporal IoU, recall of summary lines; all tasks, then spans alone."""
-    graded = measure(keye, clips, OLD_SEED, 10, AS_TRAINED)
-    graded += measure(keye, max(1, clips // 2), OLD_SEED + 1, 10, AS_TRAINED, GROUNDING)
-    scores: Scores = defaultdict(list)
-    for item in graded:
-        scores[item.task].append(item.score)
     return scores
 
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +31,11 @@ from keyecli.video.source import probe
 
 GROUNDING = ("ground", "ground_motion")
 ANSWER_TOKENS = 320
+OLD_SEED = 7  # of the clips behind the card's tables
+
+Scores = dict[str, list[float]]
+"""By task."""
+
 MATCHED_IOU = 0.5
 
 
@@ -223,6 +228,16 @@ def print_tables(results: dict[str, list[Graded]]) -> None:
             mistakes.update(f"{g.truth} → {g.given[:24]}" for g in of_task if g.score < 1)
         shown = ", ".join(f"{pair} ×{count}" for pair, count in mistakes.most_common(4))
         print(f"| {task} | {mean([g.score for g in of_task]):.3f} | {len(of_task)} | {shown} |")
+
+
+def old_table(keye: keyecli.Keye, clips: int) -> Scores:
+    """Scores of nano's card by task: exact answers, temporal IoU, recall of summary lines; all tasks, then spans alone."""
+    graded = measure(keye, clips, OLD_SEED, 10, CONDITIONS[0])
+    graded += measure(keye, max(1, clips // 2), OLD_SEED + 1, 10, CONDITIONS[0], GROUNDING)
+    scores: Scores = defaultdict(list)
+    for item in graded:
+        scores[item.task].append(item.score)
+    return scores
 
 
 def main() -> None:
