@@ -1,6 +1,7 @@
 #!/bin/sh
 # Two specialists into one student: examples/rl_nano.sh has made one that times events, here rewards make one that counts, from the
-# same start, and distillation brings what both know into one adapter. On two CPU cores.
+# same start, and distillation brings what both know into one adapter. A judge looks at how it counts: a right number of the wrong
+# things is worth a tenth. On two CPU cores.
 #
 #     PYTHON=.venv/bin/python examples/rl_nano.sh && PYTHON=.venv/bin/python examples/distill_nano.sh [FOLDER]
 #
@@ -16,9 +17,15 @@ $python "$here/make_data.py" "$out/count" --tasks count --count 200 --seed 3
 $python "$here/make_data.py" "$out/count_held_out" --tasks count --count 60 --seed 4
 $python "$here/make_data.py" "$out/both" --tasks both --count 200 --seed 5
 
-few="--max-length 2048 --no-checkpointing --seed 0 --no-progress --max-tokens 48"
-$keye rl --data "$out/count/data.jsonl" --eval-data "$out/count_held_out/data.jsonl" --eval-steps 20 --reward count \
+few="--max-length 2048 --no-checkpointing --seed 0 --no-progress --max-tokens 96"
+port=${JUDGE_PORT:-8765}
+$python "$here/judge.py" --port "$port" &
+judge=$!
+trap 'kill $judge' EXIT
+$keye rl --data "$out/count/data.jsonl" --eval-data "$out/count_held_out/data.jsonl" --eval-steps 20 \
+    --reward context:outcome=count,format=false --judge "http://127.0.0.1:$port/v1" --judge-model forged \
     --lr 1e-3 --steps 80 $few -o "$out/counting"
+$python "$here/rejected.py" "$out/counting/rollouts.jsonl" || true
 cat > "$out/routes.toml" << END
 [[teacher]]
 adapter = "grounding"
@@ -33,4 +40,4 @@ $keye distill --data "$out/both/data.jsonl" --teachers "$out/routes.toml" --lr 1
 $python "$here/evaluate.py" --data ground="$out/held_out/data.jsonl" --data count="$out/count_held_out/data.jsonl" --old \
     --json "$out/figures.json" --adapter grounding="$out/grounding" --adapter counting="$out/counting" --adapter student="$out/student"
 echo "$(($(date +%s) - began)) s in all"
-exec $python "$here/aims.py" "$out/figures.json" student:ground:grounding student:count:counting
+$python "$here/aims.py" "$out/figures.json" student:ground:grounding student:count:counting

@@ -3,12 +3,14 @@ likelier; it may be interrupted anywhere, and resumed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -417,12 +419,15 @@ class _Reinforcing(OnPolicyRun):
         file = path.with_suffix(f".{self.processes.rank}.part") if self.processes.rank else path
         with file.open("a", encoding="utf-8") as lines:
             for index in own:
-                mean = self._difficulty(index)
-                lines.write(
-                    json.dumps({"row": index, "source": self.rows.source(index), "reward": mean}) + "\n"
-                )
+                rewards[index] = self._difficulty(index)
+                record = {
+                    "row": index,
+                    "source": self.rows.source(index),
+                    "reward": rewards[index],
+                    "run": self._identity,
+                }
+                lines.write(json.dumps(record) + "\n")
                 lines.flush()
-                rewards[index] = mean
                 if on_first_pass and self.processes.first:
                     on_first_pass(len(rewards), len(self.rows))
         gathered: list[dict[int, float | None]] = self.processes.gathered(rewards)  # type: ignore[assignment]
@@ -436,7 +441,7 @@ class _Reinforcing(OnPolicyRun):
         return chosen
 
     def _known_difficulty(self, path: Path) -> dict[int, float | None]:
-        """What a first pass has found so far, in this run or the one that is resumed."""
+        """What a first pass of the same run has found so far, before it was interrupted."""
         found: dict[int, float | None] = {}
         for file in (path, *path.parent.glob(f"{path.stem}.*.part")):
             if file.is_file():
@@ -445,8 +450,15 @@ class _Reinforcing(OnPolicyRun):
                         record = json.loads(line)
                     except ValueError:
                         continue
-                    found[record["row"]] = record["reward"]
+                    if record["run"] == self._identity:
+                        found[record["row"]] = record["reward"]
         return found
+
+    @cached_property
+    def _identity(self) -> str:
+        """Settings, data and weights of this run, in short: another run's difficulties are others."""
+        told = json.dumps([self.settings.decisive(), self.rows.sha256, self.loaded.revision])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def _difficulty(self, index: int) -> float | None:
         """The mean reward of a row's tries before anything is learnt; None for a row that cannot be answered or scored."""
