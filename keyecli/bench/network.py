@@ -22,15 +22,19 @@ from keyecli.engine.sampling import Sampler
 from keyecli.engine.static import StaticDecoder
 from keyecli.kernels import dispatch
 from keyecli.kernels.quantized_weights import CODE_BITS
+from keyecli.kernels.reference import Branches
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.lora import LoraSettings, add_lora, lora_parameters
 from keyecli.model.quantize import Quantized, quantization_in, quantization_of, replace_modules
 
 # Neighbouring tokens of a video are alike, and so select much the same keys; independent ones would not. Each token is
 # this share of the one before it, the rest is new: 16 neighbours then select some 8K distinct keys of 128K.
 LIKENESS = 0.99
 DECODE_STEPS = 24
+# Sequences that are decoded side by side, as branches, with an adapter.
+ADAPTED_BRANCHES = (1, 8)
 LONG_TOKENS = 65_536
 # Beyond, a pass of the dense models takes minutes; ours is compared with our own dense path alone.
 TRANSFORMERS_TOKENS = 131_072
@@ -273,12 +277,56 @@ def filled_cache(config: KeyeVL2Config, room: int, *, fp8_kv: bool = False) -> K
     return cache
 
 
-def steps(static: StaticDecoder, cache: KeyeCache, length: int) -> None:
-    """DECODE_STEPS tokens behind the first `length`, each the likeliest after the one before it."""
+@torch.no_grad()
+def measure_adapted_decode(
+    lengths: Sequence[int], rank: int, quant: str | None = None, kv: str | None = None
+) -> Iterator[Measurement]:
+    """The same for one sequence and for several branches of one, with an adapter of this rank in place on attention and experts;
+    the baseline is the same network before it had one."""
+    settings, config = LoraSettings(rank=rank), official_config(quant)
+    model = random_network(config)
+    cases = [(tokens, count) for tokens in lengths for count in ADAPTED_BRANCHES]
+    before = [timed_branches(model, tokens, count, kv)[0] for tokens, count in cases]
+    add_random_lora(model, settings)
+    cache = filled_cache(config, lengths[0] + 1, fp8_kv=choose_kv(kv) == "fp8")
+    cache.advance(lengths[0])
+    check_step(model, cache)
+    name = f"decoding, rank {rank}" + (f", {quant}" if quant else "") + (f", kv {kv}" if kv else "")
+    for (tokens, count), baseline_s in zip(cases, before, strict=True):
+        seconds, spread = timed_branches(model, tokens, count, kv)
+        rates = [count * DECODE_STEPS / time_s for time_s in (seconds, baseline_s)]
+        yield Measurement(
+            name, f"{count} side by side behind {tokens}: {rates[0]:.0f} a second, {rates[1]:.0f} without",
+            seconds / DECODE_STEPS, spread / DECODE_STEPS, 0.0, 0.0, "without adapters", baseline_s / DECODE_STEPS,
+        )  # fmt: skip
+
+
+def add_random_lora(model: KeyeVL2ForConditionalGeneration, settings: LoraSettings) -> None:
+    """An adapter in fp32 that changes something."""
+    add_lora(model, settings)
+    for name, parameter in lora_parameters(model).items():
+        if name.endswith("_B"):
+            parameter.normal_(0, 0.01)
+
+
+def timed_branches(
+    model: KeyeVL2ForConditionalGeneration, tokens: int, count: int, kv: str | None
+) -> tuple[float, float]:
+    """Median and range, in seconds, of DECODE_STEPS steps of `count` branches behind this many tokens."""
+    branches = Branches(tokens, 2 * DECODE_STEPS + 8, count)
+    cache = filled_cache(official_config(), branches.rows, fp8_kv=choose_kv(kv) == "fp8")
+    cache.advance(tokens)
+    static = StaticDecoder(model, cache, branches if count > 1 else None)
+    return timed(partial(steps, static, cache, tokens, count), 5)
+
+
+def steps(static: StaticDecoder, cache: KeyeCache, length: int, count: int = 1) -> None:
+    """DECODE_STEPS tokens of each sequence behind the first `length`, each the likeliest after the one before it."""
     cache.truncate(length)
-    static.begin([length], [length])
-    token = torch.ones(1, dtype=torch.int64, device="cuda")
-    sampler = Sampler([GenerationSettings(max_tokens=DECODE_STEPS)], official_config().vocab_size, "cuda")
+    static.begin([length] * count, [length] * count)
+    token = torch.ones(count, dtype=torch.int64, device="cuda")
+    settings = [GenerationSettings(max_tokens=DECODE_STEPS)] * count
+    sampler = Sampler(settings, official_config().vocab_size, "cuda")
     for _ in range(DECODE_STEPS):
         token, _ = sampler.pick(static.step(token))
 

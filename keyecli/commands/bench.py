@@ -22,7 +22,7 @@ FINETUNE_LENGTHS = "32768,131072"
 OWN_OPTIONS = {
     "kernels": ("--only", "--lengths"),
     "prefill": ("--lengths",),
-    "decode": ("--lengths", "--quant", "--kv"),
+    "decode": ("--lengths", "--quant", "--kv", "--adapter-rank"),
     "memory": ("--lengths", "--quant", "--kv"),
     "finetune": ("--lengths", "--quant"),
     "load": ("--gib", "--dir", "--quant"),
@@ -77,6 +77,14 @@ def bench(
     kv: Annotated[
         str | None, typer.Option("--kv", metavar="HOW", help="decode, memory: keys and values in fp8.")
     ] = None,
+    adapter_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--adapter-rank",
+            metavar="R",
+            help="decode: with a LoRA adapter of this rank in place, beside without; alone and 8 side by side.",
+        ),
+    ] = None,
     size: Annotated[
         float | None,
         typer.Option(
@@ -113,6 +121,7 @@ def bench(
         "--hours": hours,
         "--quant": quant,
         "--kv": kv,
+        "--adapter-rank": adapter_rank,
         "--gib": size,
         "--dir": place,
         "CLIP": clips or None,
@@ -138,7 +147,7 @@ def bench(
     rows = (
         import_module("keyecli.bench.load").measure(16.0 if size is None else size, quant, place)
         if what == "load"
-        else _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or [], quant, kv)
+        else _rows(what, rooms, sizes, 1.0 if hours is None else hours, clips or [], quant, kv, adapter_rank)
     )
     for row in rows:
         console.result(json.dumps(row.to_dict()) if settings.json else row.line())
@@ -152,6 +161,7 @@ def _rows(
     clips: Sequence[Path],
     quant: str | None,
     kv: str | None,
+    adapter_rank: int | None,
 ) -> Iterator[Row]:
     if what == "kernels":
         for room in rooms:
@@ -165,7 +175,11 @@ def _rows(
     elif what == "finetune":
         yield from import_module("keyecli.bench.finetune").measure(sizes, quant)
     elif what == "decode":
-        yield from import_module("keyecli.bench.network").measure_decode(sizes, quant, kv)
+        network = import_module("keyecli.bench.network")
+        if adapter_rank is None:
+            yield from network.measure_decode(sizes, quant, kv)
+        else:
+            yield from network.measure_adapted_decode(sizes, adapter_rank, quant, kv)
     else:
         yield from import_module("keyecli.bench.network").measure_prefill(sizes)
 

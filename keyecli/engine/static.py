@@ -20,6 +20,7 @@ from keyecli.model.cache import KeyeCache
 from keyecli.model.decoder import DecoderLayer
 from keyecli.model.indexer import RMSNorm
 from keyecli.model.keye import KeyeVL2ForConditionalGeneration
+from keyecli.model.lora import added_to, base_of
 from keyecli.model.moe import SparseMoE
 
 
@@ -27,8 +28,9 @@ class StaticDecoder:
     """Continues the sequences of a cache, or the branches of its only one, whose prompts are prefilled.
 
     Computes what `model.decode` does for one token of each sequence, in kernels that take a layer's projections together, so
-    its results may differ from those in the last bits; they do not depend on how many sequences there are. ValueError for a
-    model or a way of running that `suits` refuses.
+    its results may differ from those in the last bits; they do not depend on how many sequences there are. Adapters in place are
+    read at each step, so it follows what is written into their parameters. ValueError for a model or a way of running that
+    `suits` refuses.
     """
 
     def __init__(
@@ -201,10 +203,11 @@ def _feed_forward(layer: DecoderLayer, normed: Tensor) -> Tensor:
 
 
 def _linear(linear: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x [B, K] → [B, N]; what is no plain linear layer (an adapter, quantised weights) has a way of its own."""
-    if type(linear) is nn.Linear and linear.bias is None:
-        return dispatch.linear(x, linear.weight, out_dtype, "triton")
-    product = linear(x)
+    """x [B, K] → [B, N], with what an adapter adds; what is no plain linear layer (quantised weights) has a way of its own."""
+    base, added = base_of(linear), added_to(linear)
+    if type(base) is nn.Linear and base.bias is None:
+        return dispatch.linear(x, base.weight, out_dtype, "triton", added)
+    product = dispatch.add_low_rank(base(x), x, added, "triton")
     return product if out_dtype is None else product.to(out_dtype)
 
 

@@ -25,6 +25,7 @@ MODULES = (
     "vision",
     "step",
     "linear",
+    "low_rank",
     "quantized",
     "quantized_experts",
     "lora_experts",
@@ -48,6 +49,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 2
     divisible_by_16: tuple[str, ...] = field(default=())
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def compile_case(case: CompileCase, capability: int) -> Compiled:
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers},
     )
     registers, spilled = resource_usage(made.asm["cubin"])
     return Compiled(made.metadata.shared, registers, spilled)

@@ -6,7 +6,7 @@ Letters as in `reference`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -196,16 +196,35 @@ def routed_experts(
 
 
 def linear(
-    x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None, backend: Backend | None = None
+    x: Tensor,
+    weight: Tensor,
+    out_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+    added: Sequence[reference.Added] = (),
 ) -> Tensor:
-    """x [B, K] · weight [N, K]ᵀ → [B, N], for a few rows whose results do not depend on each other, stored as `out_dtype`."""
+    """x [B, K] · weight [N, K]ᵀ → [B, N], with `added` as in `reference.add_low_rank`, for a few rows whose results do not depend
+    on each other, stored as `out_dtype`."""
     if backend_of(x, backend) == "reference":
-        product = torch.nn.functional.linear(x, weight)
+        product = reference.add_low_rank(torch.nn.functional.linear(x, weight), x, added)
         return product if out_dtype is None else product.to(out_dtype)
     with _naming("a linear layer", x.device):
         from keyecli.kernels import linear as kernels
 
-        return kernels.linear(x, weight, out_dtype)
+        return kernels.linear(x, weight, out_dtype, added)
+
+
+def add_low_rank(
+    out: Tensor, x: Tensor, added: Sequence[reference.Added], backend: Backend | None = None
+) -> Tensor:
+    """`reference.add_low_rank`; results of a few rows do not depend on each other."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not added or len(rows) > DECODE_TOKENS or backend_of(x, backend) == "reference":
+        return reference.add_low_rank(out, x, added)
+    with _naming("an adapter's addition", x.device):
+        from keyecli.kernels import low_rank
+
+        low_rank.add_low_rank(out.view(len(rows), -1), rows, added)
+        return out
 
 
 def add_norm(
@@ -317,9 +336,13 @@ def lora_experts(
     backend: Backend | None = None,
 ) -> Tensor:
     """`reference.lora_experts` of x [T, D] for what `route` makes of its router logits [T, E]; no gradient reaches the matrices.
-    Both may be quantised, as `quantized_weights.quantized_lora_experts` takes them."""
-    weights, experts = route(logits, top_k, normalise, backend)
+    Both may be quantised, as `quantized_weights.quantized_lora_experts` takes them. A few tokens, where no gradient is wanted, by
+    matrix-vector products."""
     added = (gate_up_factors, down_factors, scale)
+    if by_vectors(x, backend):
+        with _naming("experts of new tokens with an adapter", x.device):
+            return _adapted_vectors(x, logits, top_k, normalise, gate_up, down, *added)
+    weights, experts = route(logits, top_k, normalise, backend)
     if isinstance(gate_up, QuantizedMatrix):
         assert isinstance(down, QuantizedMatrix)
         if backend_of(x, backend) == "reference":
@@ -332,6 +355,28 @@ def lora_experts(
         from keyecli.kernels import lora_experts as kernels
 
         return kernels.lora_experts(x, weights, experts, gate_up, down, *added)
+
+
+def _adapted_vectors(
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    normalise: bool,
+    gate_up: Tensor | QuantizedMatrix,
+    down: Tensor | QuantizedMatrix,
+    gate_up_factors: reference.LowRank | None,
+    down_factors: reference.LowRank | None,
+    scale: float,
+) -> Tensor:
+    """`lora_experts` of a few tokens by the kernels."""
+    from keyecli.kernels import experts, quantized_experts
+
+    added = (gate_up_factors, down_factors, scale)
+    if isinstance(gate_up, QuantizedMatrix):
+        assert isinstance(down, QuantizedMatrix)
+        return quantized_experts.quantized_experts(x, logits, top_k, normalise, gate_up, down, True, *added)
+    assert isinstance(down, Tensor)
+    return experts.decode_experts(x, logits, top_k, normalise, gate_up, down, *added)
 
 
 @contextmanager

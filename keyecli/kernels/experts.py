@@ -9,12 +9,13 @@ One kernel gathers rows of x and makes silu(gate) · up, one multiplies by `down
 adds up each token's k rows in the order of its slots. Every sum has one order, so results repeat to the bit.
 
 Decode (a few new tokens): sorting would cost more than it saves, so every (token, slot) multiplies its vector by its expert's
-matrices in two kernels that only stream weights, and finds out by itself which expert that is.
+matrices in two kernels that only stream weights, and finds out by itself which expert that is. With low-rank additions a kernel
+of `low_rank` stands between the two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ from keyecli.kernels.device import (
     precision_of,
     wait_for_previous,
 )
+from keyecli.kernels.low_rank import (
+    WITHOUT_DOWN,
+    WITHOUT_GATE_UP,
+    RoutedFactors,
+    routed_inner,
+    source_low,
+)
+from keyecli.kernels.reference import LowRank
 
 # With fewer rows an expert than this, on average, reading the weights bounds the time and tall tiles would be mostly empty.
 CROWDED_ROWS = 48
@@ -40,6 +49,9 @@ PREFILL_TOKENS = 32768
 SORT_ROWS, SCAN_BLOCKS, MAP_TILES = 128, 1024, 32
 COMBINE_COLUMNS, COMBINE_WARPS = 2048, 8
 ROUTE_TOKENS = 16
+# Of a thread of the decode kernels with additions, in 16-bit types: what those without take. The compiler, left alone, takes half
+# as many again for some ranks, and then a multiprocessor holds fewer programs.
+ADAPTED_REGISTERS = 128
 CHOOSE_WARPS = 8
 
 
@@ -409,6 +421,8 @@ def _decode_gate_up_kernel(
     sums,
     arrived,
     x_stride,
+    first,
+    low,
     D,
     F,
     down_tiles,
@@ -419,10 +433,14 @@ def _decode_gate_up_kernel(
     EVEN: tl.constexpr,
     DOWN_TILES_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    PART: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """sums[split, source] = x · gate and x · up over a part of D, for one source and a block of columns; clears the next
-    kernel's counters."""
+    kernel's counters. One program behind the last block of columns does the product with A, where there is one."""
     wait_for_previous(DEPENDENT)
     # Not before, so that the next kernel finds the experts chosen without waiting.
     let_next_begin(DEPENDENT)
@@ -434,6 +452,14 @@ def _decode_gate_up_kernel(
         zeros = tl.zeros([DOWN_TILES_PADDED], tl.int32)
         tl.store(arrived + token * down_tiles + counters, zeros, mask=counters < down_tiles)
     expert = tl.load(experts + source).to(tl.int64)
+    if first is not None:
+        blocks = tl.cdiv(F, COLUMNS)
+        if tl.program_id(0) == blocks:
+            # Not shared between splits: as much to read as for any of the others, and all of them run at once for one token.
+            if split == 0:
+                own = x + token.to(tl.int64) * x_stride
+                routed_inner(own, first, low, source, expert, 0, D, PARTS, RANK, RANKS, PART)
+            return
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     span = tl.cdiv(tl.cdiv(D, INNER), SPLITS) * INNER
@@ -472,6 +498,9 @@ def _decode_down_kernel(
     partial,
     arrived,
     out,
+    low,
+    second,
+    factor_scale,
     D,
     F,
     TOP_K: tl.constexpr,
@@ -480,9 +509,15 @@ def _decode_down_kernel(
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """partial[source] = silu(gate) · up · down; whichever of a token's k programs comes last adds them up, in slot order.
+
+    SPLITS 0: `sums` are silu(gate) · up already, [source, F]. With `second` what B makes of `low` is added.
 
     So the grid is k times larger than the output asks for, and still neither a float atomic nor a third kernel is needed.
     The experts were chosen before the kernel that this one follows, which lets it begin only then: a program's weights, all
@@ -503,21 +538,32 @@ def _decode_down_kernel(
             present = (chunk * INNER + inner < F)[:, None] & (columns < D)[None, :]
             tile = tl.load(weight_pointers + chunk * INNER * D, mask=present, other=0.0)
         held += (tile,)  # type: ignore[assignment]
-    wait_for_previous(DEPENDENT)
     kind: tl.constexpr = down.dtype.element_ty
+    wait_for_previous(DEPENDENT)
     total = tl.zeros([INNER, COLUMNS], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         row = chunk * INNER + inner
-        gate = tl.zeros([INNER], tl.float32)
-        up = tl.zeros([INNER], tl.float32)
-        for split in tl.static_range(SPLITS):
-            place = sums + (split * tl.num_programs(1) + source) * (2 * F) + row
-            gate += tl.load(place, mask=row < F, other=0.0)
-            up += tl.load(place + F, mask=row < F, other=0.0)
-        # Rounded, as the definition's activations are.
-        hidden = (gate / (1 + tl.exp(-gate)) * up).to(kind).to(tl.float32)
+        if SPLITS == 0:
+            hidden = tl.load(sums + source * F + row, mask=row < F, other=0.0)
+        else:
+            gate = tl.zeros([INNER], tl.float32)
+            up = tl.zeros([INNER], tl.float32)
+            for split in tl.static_range(SPLITS):
+                place = sums + (split * tl.num_programs(1) + source) * (2 * F) + row
+                gate += tl.load(place, mask=row < F, other=0.0)
+                up += tl.load(place + F, mask=row < F, other=0.0)
+            # Rounded, as the definition's activations are.
+            hidden = (gate / (1 + tl.exp(-gate)) * up).to(kind).to(tl.float32)
         total += hidden[:, None] * held[chunk].to(tl.float32)
-    tl.store(partial + source * D + columns, tl.sum(total, 0), mask=columns < D)
+    routed = tl.sum(total, 0)
+    if second is not None:
+        ranks = tl.arange(0, RANKS)
+        present = (ranks < RANK)[:, None] & (columns < D)[None, :]
+        places = second + (expert * RANK + ranks)[:, None] * D + columns[None, :]
+        factors = tl.load(places, mask=present, other=0.0).to(kind).to(tl.float32)
+        vector = source_low(low, source, factor_scale, kind, PARTS, PARTS_PADDED, RANKS)
+        routed += tl.sum(vector[:, None] * factors, 0)
+    tl.store(partial + source * D + columns, routed, mask=columns < D)
     # Every thread's part is stored before one thread announces the program; acquire and release order it for the reader.
     tl.debug_barrier()
     before = tl.atomic_add(arrived + token * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
@@ -934,12 +980,20 @@ def prefill(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: 
 
 
 def decode_experts(
-    x: Tensor, logits: Tensor, top_k: int, normalise: bool, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    normalise: bool,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_factors: LowRank | None = None,
+    down_factors: LowRank | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """A few tokens x [T, D] through the experts that their router logits [T, E] choose → [T, D], by matrix-vector products.
 
-    Defined by `reference.routed_experts`. A token's result is the same whatever stands beside it. Only kernels of fixed
-    shape: a CUDA graph can hold it. The experts as in `moe_experts`, contiguous. No gradients.
+    Defined by `reference.routed_experts`, with factors by `reference.lora_experts`. A token's result is the same whatever stands
+    beside it. Only kernels of fixed shape: a CUDA graph can hold it. The experts as in `moe_experts`, contiguous. No gradients.
     """
     (tokens, model), (num_experts, width, _) = x.shape, down.shape
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -955,6 +1009,10 @@ def decode_experts(
     sums = torch.empty(plan.decode_splits, tokens * top_k, 2 * width, dtype=torch.float32, device=device)
     partial = torch.empty(tokens * top_k, model, dtype=torch.float32, device=device)
     arrived = torch.empty(tokens, down_tiles, dtype=torch.int32, device=device)
+    adapted: RoutedFactors | None = None
+    if gate_up_factors is not None or down_factors is not None:
+        adapted = RoutedFactors(x, tokens * top_k, gate_up_factors, down_factors, scale, width, 1)
+    limit = {"maxnreg": ADAPTED_REGISTERS} if adapted is not None and x.element_size() == 2 else {}
     dependent = dependent_launch(device)
     choose_kernel[(tokens,)](
         logits,
@@ -968,16 +1026,17 @@ def decode_experts(
         num_warps=CHOOSE_WARPS,
         **dependent,
     )
-    _decode_gate_up_kernel[(triton.cdiv(width, first.columns), tokens * top_k, plan.decode_splits)](
+    blocks = triton.cdiv(width, first.columns) + (gate_up_factors is not None)
+    _decode_gate_up_kernel[(blocks, tokens * top_k, plan.decode_splits)](
         x,
         gate_up,
         experts,
         sums,
         arrived,
         x.stride(0),
-        model,
-        width,
-        down_tiles,
+        D=model,
+        F=width,
+        down_tiles=down_tiles,
         TOP_K=top_k,
         COLUMNS=first.columns,
         INNER=first.inner,
@@ -985,26 +1044,31 @@ def decode_experts(
         EVEN=model % first.inner == 0 and width % first.columns == 0,
         DOWN_TILES_PADDED=padded(down_tiles),
         STAGES=first.stages,
+        **(WITHOUT_GATE_UP if adapted is None else adapted.gate_up_arguments()),
         num_warps=first.warps,
+        **limit,
         **dependent,
     )
+    hidden = sums if adapted is None else adapted.activate(x, sums, experts)
     _decode_down_kernel[(down_tiles, tokens * top_k)](
-        sums,
+        hidden,
         down,
         experts,
         weights,
         partial,
         arrived,
         out,
-        model,
-        width,
+        D=model,
+        F=width,
         TOP_K=top_k,
         COLUMNS=second.columns,
         INNER=second.inner,
         CHUNKS=chunks,
-        SPLITS=plan.decode_splits,
+        SPLITS=plan.decode_splits if adapted is None else 0,
         EVEN=width % second.inner == 0 and model % second.columns == 0,
+        **(WITHOUT_DOWN if adapted is None else adapted.down_arguments()),
         num_warps=second.warps,
+        **limit,
         **dependent,
     )
     return out
@@ -1277,19 +1341,31 @@ def compile_cases(capability: int) -> list[CompileCase]:
     chosen = {"experts": "*i32", "sums": "*fp32"}
     cases.append(case_of("choose", choose_kernel, choosing, {"num_warps": CHOOSE_WARPS}, chosen))
     decoding = {"TOP_K": top_k, "EVEN": True, "SPLITS": plan.decode_splits, **overlapping}
-    for name, kernel, tile in (
-        ("decode_gate_up", _decode_gate_up_kernel, plan.decode_gate_up),
-        ("decode_down", _decode_down_kernel, plan.decode_down),
+    chosen |= {**dict.fromkeys(("first", "low", "second"), "*fp32"), "factor_scale": "fp32"}
+    down_tiles = padded(model // plan.decode_down.columns)
+    ranks = {"RANK": 16, "RANKS": 16}
+    for label, registers, gate_up_added, down_added in (
+        ("", None, WITHOUT_GATE_UP, WITHOUT_DOWN),
+        (
+            " adapted",
+            ADAPTED_REGISTERS,
+            {**ranks, "PARTS": 1, "PART": 256},
+            {**ranks, "PARTS": 12, "PARTS_PADDED": 16, "SPLITS": 0},
+        ),
     ):
-        constants = {**decoding, "COLUMNS": tile.columns, "INNER": tile.inner}
-        if kernel is _decode_gate_up_kernel:
-            constants |= {
-                "DOWN_TILES_PADDED": padded(model // plan.decode_down.columns),
-                "STAGES": tile.stages,
-            }
-        else:
-            constants["CHUNKS"] = width // tile.inner
-        cases.append(case_of(name, kernel, constants, {"num_warps": tile.warps}, chosen))
+        tile = plan.decode_gate_up
+        constants = {**decoding, "COLUMNS": tile.columns, "INNER": tile.inner, **gate_up_added}
+        constants |= {"DOWN_TILES_PADDED": down_tiles, "STAGES": tile.stages}
+        name, options = f"decode_gate_up{label}", {"num_warps": tile.warps}
+        case = case_of(name, _decode_gate_up_kernel, constants, options, chosen)
+        cases.append(replace(case, max_registers=registers))
+        tile = plan.decode_down
+        constants = {**decoding, "COLUMNS": tile.columns, "INNER": tile.inner, **down_added}
+        constants = {key: value for key, value in constants.items() if key != "factor_scale"}
+        constants["CHUNKS"] = width // tile.inner
+        name, options = f"decode_down{label}", {"num_warps": tile.warps}
+        case = case_of(name, _decode_down_kernel, constants, options, chosen)
+        cases.append(replace(case, max_registers=registers))
     for label, crowded in (("crowded", True), ("few", False)):
         plan = plan_for(capability, 2, crowded)
         tile = plan.gate_up

@@ -6,7 +6,9 @@ result is the same whatever stands beside it, so that sequences decoded together
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +17,15 @@ from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
 from keyecli.kernels.device import dependent_launch, device_capability, let_next_begin, wait_for_previous
+from keyecli.kernels.low_rank import (
+    factor_type,
+    inner_products,
+    missing_factors,
+    outer_arguments,
+    outer_products,
+    output_factors,
+)
+from keyecli.kernels.reference import Added
 
 # A program holds whole rows of the weights.
 LONGEST_INNER = 8192
@@ -38,9 +49,11 @@ def tile_of(capability: int, inner: int) -> Tile:
 @triton.jit
 def _linear_kernel(
     x, weight, out, N, K, x_row, weight_row, out_row,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, K_PADDED: tl.constexpr, EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
+    low, second_0, second_1, second_2, begin_0, begin_1, begin_2, count_0, count_1, count_2, rank_0, rank_1, rank_2,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, K_PADDED: tl.constexpr, EVEN: tl.constexpr,
+    RANKS: tl.constexpr, SEGMENTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A few outputs of every row; the weights, read once, are on their way before x is there."""
+    """A few outputs of every row, and B · low where given; the weights, read once, are on their way before x is there."""
     let_next_begin(DEPENDENT)
     outputs = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     inner = tl.arange(0, K_PADDED)
@@ -50,16 +63,26 @@ def _linear_kernel(
     else:
         present = (outputs < N)[:, None] & (inner < K)[None, :]
         weights = tl.load(places, mask=present, other=0.0, eviction_policy="evict_first")
-    wait_for_previous(DEPENDENT)
     kind: tl.constexpr = weight.dtype.element_ty
+    if low is not None:
+        factors, segments = output_factors(
+            outputs, second_0, second_1, second_2, begin_0, begin_1, begin_2, count_0, count_1, count_2,
+            rank_0, rank_1, rank_2, kind, OUTPUTS, RANKS,
+        )  # fmt: skip
+    wait_for_previous(DEPENDENT)
     for row in tl.static_range(ROWS):
         vector = tl.load(x + row * x_row + inner, mask=inner < K, other=0.0)
         total = tl.sum(weights.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
+        if low is not None:
+            total += outer_products(low, row, factors, segments, RANKS, SEGMENTS)
         tl.store(out + row * out_row + outputs, total.to(kind).to(out.dtype.element_ty), mask=outputs < N)
 
 
-def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x [B, K] · weight [N, K]ᵀ → [B, N], rounded to their type and then stored as `out_dtype` (default: the same).
+def linear(
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None, added: Sequence[Added] = ()
+) -> Tensor:
+    """x [B, K] · weight [N, K]ᵀ → [B, N], rounded to their type and then stored as `out_dtype` (default: the same); with
+    `added` as in `reference.add_low_rank`.
 
     Made for few rows: one program reads its weights once for all of them. ValueError for shapes that do not fit together
     and more than `LONGEST_INNER` inputs.
@@ -74,29 +97,41 @@ def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> T
     out = torch.empty(rows, outputs, dtype=out_dtype or x.dtype, device=x.device)
     tile = tile_of(device_capability(x.device), inner)
     padded = triton.next_power_of_2(inner)
+    low = inner_products(x, added) if added else None
     _linear_kernel[(triton.cdiv(outputs, tile.outputs),)](
-        x, weight, out, outputs, inner, x.stride(0), weight.stride(0), out.stride(0),
+        x, weight, out, outputs, inner, x.stride(0), weight.stride(0), out.stride(0), low, **outer_arguments(added),
         ROWS=rows, OUTPUTS=tile.outputs, K_PADDED=padded, EVEN=padded == inner and outputs % tile.outputs == 0,
-        num_warps=tile.warps, **dependent_launch(x.device),
+        RANKS=1 if low is None else low.shape[2], SEGMENTS=len(added), num_warps=tile.warps,
+        **dependent_launch(x.device),
     )  # fmt: skip
     return out
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Projections of the 30B model for one sequence and for eight, and its language head."""
+    """Projections of the 30B model for one sequence and for eight, and its language head; those of an adapted model."""
     cases = []
-    for rows, inner, out in ((1, 2048, "bf16"), (8, 4096, "bf16"), (1, 2048, "fp32")):
+    for rows, inner, out, added in (
+        (1, 2048, "bf16", 0),
+        (8, 4096, "bf16", 0),
+        (1, 2048, "fp32", 0),
+        (8, 2048, "bf16", 3),
+        (8, 4096, "bf16", 1),
+    ):
         tile = tile_of(capability, inner)
-        constants = {
-            "ROWS": rows, "OUTPUTS": tile.outputs, "K_PADDED": inner, "EVEN": True, "DEPENDENT": capability >= 90,
+        constants: dict[str, Any] = {
+            "ROWS": rows, "OUTPUTS": tile.outputs, "K_PADDED": inner, "EVEN": True,
+            "RANKS": 16 if added else 1, "SEGMENTS": added, "DEPENDENT": capability >= 90,
         }  # fmt: skip
+        constants |= missing_factors(_linear_kernel, added) | ({} if added else {"low": None})
         tensors = {"x": "*bf16", "weight": "*bf16", "out": f"*{out}"}
-        counts = dict.fromkeys(("N", "K", "x_row", "weight_row", "out_row"), "i32")
-        signature = {**tensors, **counts, **dict.fromkeys(constants, "constexpr")}
+        signature = {
+            name: "constexpr" if name in constants else tensors.get(name, factor_type(name))
+            for name in _linear_kernel.arg_names
+        }
         cases.append(
             CompileCase(
-                f"linear, {rows} rows of {inner}, {out}", _linear_kernel, signature, constants, tile.warps, 2,
-                (*tensors, *counts),
+                f"linear, {rows} rows of {inner}, {out}, {added} added", _linear_kernel, signature, constants,
+                tile.warps, 2, tuple(name for name, kind in signature.items() if kind != "constexpr"),
             )
         )  # fmt: skip
     return cases

@@ -10,7 +10,9 @@ exact, is the definition. No gradient reaches them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,19 @@ GROUPED_ALIGNMENT = 8
 
 # A and B of a low-rank addition A · B to a matrix [in, out], or to one for each expert: […, in, r] and […, r, out].
 LowRank = tuple[Tensor, Tensor]
+
+
+class Added(NamedTuple):
+    """What an adapter adds to the outputs of a linear layer from `begin` on: scale · B · (A x).
+
+    first: A [r, K]; second: B [n, r], of any floating type.
+    """
+
+    first: Tensor
+    second: Tensor
+    scale: float
+    begin: int = 0
+
 
 PADDING_SEGMENT = -1
 SHARED_SEGMENT = 0
@@ -518,6 +533,15 @@ def lora_experts(
     rows = x[order // experts.shape[1]]
     gate, up = adapted_rows(rows, gate_up, gate_up_factors, scale, ends).chunk(2, dim=-1)
     return _combined(adapted_rows(F.silu(gate) * up, down, down_factors, scale, ends), order, weights)
+
+
+def add_low_rank(out: Tensor, x: Tensor, added: Sequence[Added]) -> Tensor:
+    """out [..., N], what a linear layer makes of x [..., K], becomes what it makes with these additions; returns it. No
+    gradients."""
+    for part in added:
+        low = F.linear(x, part.first.to(x.dtype)) * part.scale
+        out[..., part.begin : part.begin + len(part.second)] += F.linear(low, part.second.to(x.dtype))
+    return out
 
 
 def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from keyecli.kernels.quantized_weights import QuantizedMatrix
 from keyecli.model.cache import KeyeCache
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.indexer import NORM_EPS, LightningIndexer, RMSNorm
+from keyecli.model.lora import added_to, base_of
 from keyecli.model.quantize import QuantizedLinear, join_matrices, join_views
 from keyecli.model.rope import rotate_half_split
 
@@ -102,7 +103,7 @@ class SparseAttention(nn.Module):
             )
 
     def can_join(self) -> bool:
-        """Whether `projected` is possible: an indexer, no biases, and no adapter on any of the projections."""
+        """Whether `projected` is possible: an indexer, no biases, and around the projections nothing but low-rank adapters."""
         return self.sa_indexer is not None and all(
             type(linear) in (nn.Linear, QuantizedLinear) and linear.bias is None
             for linear in self._projections()
@@ -116,19 +117,24 @@ class SparseAttention(nn.Module):
         storage gets a new one the next time.
         """
         dense = [linear.weight for linear in self._projections() if type(linear) is nn.Linear]
-        self._joint = join_views(dense, self._joint)
+        # Outside inference mode: the parameters become views of it, and those of that mode could not be trained with.
+        with torch.inference_mode(False), torch.no_grad():
+            self._joint = join_views(dense, self._joint)
         return self._joint
 
     def projected(self, x: Tensor) -> Tensor:
-        """x [B, T, D] → q, k, v and the indexer's two projections side by side, [B, T, W], by the kernels."""
-        joint = self.joint_projection()
-        if isinstance(self.q_proj, QuantizedLinear):
+        """x [B, T, D] → q, k, v and the indexer's two projections side by side, [B, T, W], by the kernels. Nothing is dropped out
+        of an adapter's inputs."""
+        joint, added = self.joint_projection(), self._additions()
+        if isinstance(base_of(self.q_proj), QuantizedLinear):
             self._heads = join_matrices(self._projections()[:3], self._heads)
-            return dispatch.quantized_linear(x, self._heads, joint, "triton")
+            product = dispatch.quantized_linear(x, self._heads, joint, "triton")
         # New tokens of several sequences, side by side, must not change each other's bits.
-        if x.shape[1] == 1 and len(x) <= dispatch.DECODE_TOKENS:
-            return dispatch.linear(x[:, 0], joint, backend="triton")[:, None]
-        return F.linear(x, joint)
+        elif x.shape[1] == 1 and len(x) <= dispatch.DECODE_TOKENS:
+            return dispatch.linear(x[:, 0], joint, backend="triton", added=added)[:, None]
+        else:
+            product = F.linear(x, joint)
+        return dispatch.add_low_rank(product, x, added, "triton")
 
     def place(
         self,
@@ -158,7 +164,18 @@ class SparseAttention(nn.Module):
 
     def _projections(self) -> tuple[Any, ...]:
         assert self.sa_indexer is not None
-        return self.q_proj, self.k_proj, self.v_proj, self.sa_indexer.q_proj, self.sa_indexer.k_proj
+        heads = map(base_of, (self.q_proj, self.k_proj, self.v_proj))
+        return *heads, self.sa_indexer.q_proj, self.sa_indexer.k_proj
+
+    def _additions(self) -> list[reference.Added]:
+        """What adapters add to `projected`."""
+        begins = 0, self.heads * self.dim, (self.heads + self.groups) * self.dim
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return [
+            part
+            for linear, begin in zip(projections, begins, strict=True)
+            for part in added_to(linear, begin)
+        ]
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """x: [B, T, D], normalised → output [B, T, D] and, with `teach_indexer`, the divergence fp32 [B, T]."""

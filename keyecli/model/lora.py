@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from keyecli.errors import UsageError
 from keyecli.kernels import dispatch
 from keyecli.kernels.quantized_weights import QuantizedMatrix
-from keyecli.kernels.reference import LowRank
+from keyecli.kernels.reference import Added, LowRank
 from keyecli.model.moe import Experts
 from keyecli.model.quantize import QuantizedExperts, QuantizedLinear
 
@@ -81,11 +81,25 @@ class LoraLinear(nn.Module):
         self.lora_A, self.lora_B = map(nn.Parameter, factors)
         self.scale, self.dropout = scale, dropout
 
+    def added(self, begin: int = 0) -> Added:
+        """What it adds to its base's outputs, which stand from `begin` on, where nothing is dropped out."""
+        return Added(self.lora_A, self.lora_B, self.scale, begin)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N]."""
         inputs = F.dropout(x, self.dropout, self.training) if self.dropout else x
         low = F.linear(inputs, self.lora_A.to(x.dtype)) * self.scale
         return self.base_layer(x) + F.linear(low, self.lora_B.to(x.dtype))
+
+
+def base_of(linear: nn.Module) -> nn.Module:
+    """The layer itself, without what may stand around it."""
+    return linear.base_layer if isinstance(linear, LoraLinear) else linear
+
+
+def added_to(linear: nn.Module, begin: int = 0) -> list[Added]:
+    """What an adapter adds to a linear layer whose outputs stand from `begin` on; nothing where there is none."""
+    return [linear.added(begin)] if isinstance(linear, LoraLinear) else []
 
 
 class LoraExperts(nn.Module):
@@ -114,16 +128,16 @@ class LoraExperts(nn.Module):
         self, x: Tensor, logits: Tensor, top_k: int, normalise: bool, backend: dispatch.Backend | None
     ) -> Tensor:
         """x [T, D] through the `top_k` experts that its router logits [T, E] choose → [T, D]."""
-        gate_up, down = self._matrices()
+        gate_up, down = self._matrices(dispatch.by_vectors(x, backend))
         return dispatch.lora_experts(
             x, logits, top_k, normalise, gate_up, down, self.factors("gate_up"), self.factors("down"),
             self.scale, backend,
         )  # fmt: skip
 
-    def _matrices(self) -> tuple[Tensor, Tensor] | tuple[QuantizedMatrix, QuantizedMatrix]:
-        """The base's, on the device that computes."""
+    def _matrices(self, few: bool) -> tuple[Tensor, Tensor] | tuple[QuantizedMatrix, QuantizedMatrix]:
+        """The base's, where the device that computes reads them: for few tokens in the host's memory if they are there."""
         base = self.base_layer
-        tensors = None if base.host is None else base.host.on_device()
+        tensors = None if base.host is None or few else base.host.on_device()
         if isinstance(base, Experts):
             if tensors is None:
                 return base.gate_up_proj, base.down_proj
