@@ -22,9 +22,9 @@ port=${JUDGE_PORT:-8765}
 $python "$here/judge.py" --port "$port" &
 judge=$!
 trap 'kill $judge' EXIT
-$keye rl --data "$out/count/data.jsonl" --eval-data "$out/count_held_out/data.jsonl" --eval-steps 20 \
+$keye rl --data "$out/count/data.jsonl" --eval-data "$out/count_held_out/data.jsonl" --eval-steps 25 \
     --reward context:outcome=count,format=false --judge "http://127.0.0.1:$port/v1" --judge-model forged \
-    --lr 1e-3 --steps 80 $few -o "$out/counting"
+    --lr 1e-3 --steps 50 --refills 3 $few -o "$out/counting"
 $python "$here/rejected.py" "$out/counting/rollouts.jsonl" || true
 cat > "$out/routes.toml" << END
 [[teacher]]
@@ -35,7 +35,7 @@ tasks = ["ground*"]
 adapter = "counting"
 tasks = ["count*"]
 END
-$keye distill --data "$out/both/data.jsonl" --teachers "$out/routes.toml" --lr 1e-3 --steps 120 --prompts 16 $few -o "$out/student"
+$keye distill --data "$out/both/data.jsonl" --teachers "$out/routes.toml" --lr 1e-3 --steps 80 --prompts 16 $few -o "$out/student"
 
 $python "$here/evaluate.py" --data ground="$out/held_out/data.jsonl" --data count="$out/count_held_out/data.jsonl" --old \
     --json "$out/figures.json" --adapter grounding="$out/grounding" --adapter counting="$out/counting" --adapter student="$out/student"

@@ -339,7 +339,7 @@ class _Distilling(OnPolicyRun):
             self.teachers = load_teachers(self.routes, self.files, self.loaded, network)
             network.keeper.room_bytes = estimate.room_bytes(free_memory_bytes(self.files.device))
             self.trainer = DistillTrainer(self.loaded, network, self.processes, settings)
-            self.begin(range(len(self.rows)))
+            self.learn_from(range(len(self.rows)))
             step = self._resume() if resume else 0
             metrics = self.metrics(stack, step if resume else None)
             self.keep_rollouts_until(step)

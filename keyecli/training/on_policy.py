@@ -20,7 +20,7 @@ from keyecli.training.data import DataFile
 from keyecli.training.distributed import Processes
 from keyecli.training.estimate import TrainingEstimate, estimate_training
 from keyecli.training.metrics import Metrics
-from keyecli.training.network import Main
+from keyecli.training.network import Main, Network
 from keyecli.training.rewards import Composite, Scores
 from keyecli.training.rollout_page import SCHEMA
 from keyecli.training.rollouts import (
@@ -145,9 +145,14 @@ class OnPolicyRun(Run):
             rows, tokenizer, files.config, settings.sampling, settings.think, settings.answer_tokens, settings.max_length
         )  # fmt: skip
 
-    def begin(self, chosen: Sequence[int]) -> None:
-        """Make ready to answer, with the weights that are loaded; chosen: the rows to learn from."""
+    def load(self) -> Network:
+        """As for any run; the weights can answer from then on."""
+        network = super().load()
         self.policy = Policy(self.loaded, self.settings.answer_tokens)
+        return network
+
+    def learn_from(self, chosen: Sequence[int]) -> None:
+        """The rows whose prompts are asked."""
         self.order = PromptOrder(self.planner, chosen, self.settings.seed, self.processes, self.leave_out)
 
     def estimate(self) -> TrainingEstimate:

@@ -244,7 +244,7 @@ class _Reinforcing(OnPolicyRun):
                 minibatches=settings.minibatches,
                 optimizer=settings.optimizer,
             )
-            self.begin(self._chosen(on_first_pass))
+            self.learn_from(self._chosen(on_first_pass))
             step = self._resume() if resume else 0
             metrics = self.metrics(stack, step if resume else None)
             self.keep_rollouts_until(step)
