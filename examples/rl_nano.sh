@@ -18,9 +18,9 @@ $python "$here/make_data.py" "$out/train" --count 200 --seed 1
 $python "$here/make_data.py" "$out/held_out" --count 60 --seed 2
 
 few="--max-length 2048 --no-checkpointing --seed 0 --no-progress"
-$keye rl --data "$out/train/data.jsonl" --eval-data "$out/held_out/data.jsonl" --eval-steps 25 --reward iou \
-    --lr 1e-3 --steps 150 --max-tokens 48 $few -o "$out/grounding"
-$keye finetune --data "$out/train/data.jsonl" --lr 1e-3 --epochs 10 --batch-tokens 2048 $few -o "$out/supervised"
+$keye rl --data "$out/train/data.jsonl" --eval-data "$out/held_out/data.jsonl" --eval-steps 20 --reward iou \
+    --lr 1e-3 --decay --steps 60 --max-tokens 48 $few -o "$out/grounding"
+$keye finetune --data "$out/train/data.jsonl" --lr 1e-3 --epochs 5 --batch-tokens 2048 $few -o "$out/supervised"
 
 $python "$here/evaluate.py" --data ground="$out/held_out/data.jsonl" --old --json "$out/figures.json" \
     --adapter grounding="$out/grounding" --adapter supervised="$out/supervised"

@@ -156,6 +156,10 @@ def rl(
             "Run", "--lr", metavar="X", help="Learning rate. Default: 1e-5 for lora, 1e-6 for full."
         ),
     ] = None,
+    decay: Annotated[
+        bool,
+        training_option("Run", "--decay", help="Let the learning rate fall to nothing, as a cosine does."),
+    ] = False,
     weight_decay: WeightDecay = 0.0,
     steps: Annotated[
         int, training_option("Run", "--steps", metavar="N", help="So many rounds of drawing and learning.")
@@ -230,6 +234,7 @@ def rl(
         strict=strict,
         tensorboard=tensorboard,
         sampling=ask_settings(files.preprocessor, **sampling_options).sampling,
+        decays=decay,
         algorithm=algorithm,  # type: ignore[arg-type]
         clipping=clipping,
         prompts=prompts,

@@ -108,6 +108,7 @@ def save_adapter(
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
         save_file(ready, temporary[WEIGHTS_FILE], metadata={"format": "pt", REVISION_KEY: revision})
+        _order_metadata(temporary[WEIGHTS_FILE])
         values = _config_of(
             settings, base, sorted({name.rpartition(".")[0] for name in modules_to_save or ()})
         )
@@ -117,6 +118,18 @@ def save_adapter(
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in another one each time, and the same adapter
+    should be the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def _expert_tensors(name: str, module: LoraExperts, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,13 +58,14 @@ OnStep = Callable[[int, float, "StepFigures"], None]
 class RLSettings(OnPolicySettings):
     """Everything that decides a run besides its model, data and rewards.
 
-    partial_tokens: what a try may write in one step, None: all; refills: how often prompts are drawn to make up for groups that
-    say nothing; watch_steps: what costs passes of its own is measured so often; difficulty: the mean rewards, in a first pass, of
-    rows that are kept.
+    decays: whether the learning rate falls to nothing; partial_tokens: what a try may write in one step, None: all; refills: how
+    often prompts are drawn to make up for groups that say nothing; watch_steps: what costs passes of its own is measured so
+    often; difficulty: the mean rewards, in a first pass, of rows that are kept.
     """
 
     algorithm: Algorithm = "gspo"
     clipping: tuple[float, float] | None = None
+    decays: bool = False
     minibatches: int = 4
     partial_tokens: int | None = None
     refills: int = 10
@@ -236,7 +237,7 @@ class _Reinforcing(OnPolicyRun):
             self.trainer = PolicyTrainer(
                 self.loaded,
                 network,
-                Schedule(settings.rate, weight_decay=settings.weight_decay, decays=False),
+                Schedule(settings.rate, weight_decay=settings.weight_decay, decays=settings.decays),
                 self.processes,
                 algorithm=settings.algorithm,
                 clipping=settings.clipping,

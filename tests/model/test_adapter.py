@@ -155,6 +155,17 @@ def test_a_folder_says_what_it_was_trained_on(tmp_path: Path) -> None:
     assert load_adapter(tmp_path).revision != first
 
 
+def test_the_same_adapter_is_the_same_bytes(tmp_path: Path) -> None:
+    model = trained()
+    contents = set()
+    for number in range(8):
+        folder = tmp_path / str(number)
+        save_adapter(model, folder, settings=SETTINGS, base="base", revision="1234")
+        contents.add((folder / WEIGHTS).read_bytes())
+    assert len(contents) == 1
+    assert load_adapter(tmp_path / "0").base_revision == "1234"
+
+
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)

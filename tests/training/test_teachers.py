@@ -51,8 +51,8 @@ def adapter_in(folder: Path, files: ModelFiles, seed: int, **changes: Any) -> Pa
     return folder
 
 
-def planned(loaded: LoadedModel, video: bool) -> PlannedPrompt:
-    row = video_row(1) if video else text_row(1)
+def planned(loaded: LoadedModel, video: bool, number: int = 1) -> PlannedPrompt:
+    row = video_row(number) if video else text_row(number)
     row = replace(row, extra={"task": "ground" if video else "count_objects"})
     planner = PromptPlanner(
         Listed([row]), loaded.tokenizer, loaded.config, SamplingSettings(), True, TOKENS, 2000
@@ -60,8 +60,10 @@ def planned(loaded: LoadedModel, video: bool) -> PlannedPrompt:
     return planner.plan(0)
 
 
-def answered(loaded: LoadedModel, video: bool = False) -> tuple[PlannedPrompt, Seen, list[Rollout]]:
-    prompt = planned(loaded, video)
+def answered(
+    loaded: LoadedModel, video: bool = False, number: int = 1
+) -> tuple[PlannedPrompt, Seen, list[Rollout]]:
+    prompt = planned(loaded, video, number)
     seen = see(loaded, prompt.plans, learning=False)
     rollouts = [Rollout(seed) for seed in range(2)]
     loaded.model.eval()
@@ -117,9 +119,11 @@ def test_a_model_of_its_own_is_a_teacher(files: ModelFiles, tiny_checkpoint: Pat
     torch.testing.assert_close(first.side(pack, own.sight).states, expected)
 
 
-def taught(files: ModelFiles, student: LoadedModel, network: Network, folder: Path) -> TaughtGroup:
+def taught(
+    files: ModelFiles, student: LoadedModel, network: Network, folder: Path, number: int = 1
+) -> TaughtGroup:
     (teacher,) = load_teachers([Route(folder, None)], files, student, network)
-    prompt, seen, rollouts = answered(student)
+    prompt, seen, rollouts = answered(student, number=number)
     laid_out = Policy(student, TOKENS).lay_out(prompt, seen)
     return TaughtGroup(Group(0, prompt, rollouts), laid_out, seen, teacher)
 
@@ -142,15 +146,22 @@ def test_an_identical_teacher_changes_nothing(files: ModelFiles, tmp_path: Path,
     assert max(float(gradient.abs().max()) for gradient in gradients) < 1e-4
 
 
-def test_a_student_becomes_its_teacher_on_what_it_writes(files: ModelFiles, tmp_path: Path) -> None:
-    folder = adapter_in(tmp_path / "teacher", files, 1)
+def test_two_teachers_that_contradict_each_other_are_both_recovered(
+    files: ModelFiles, tmp_path: Path
+) -> None:
+    """Each on what the student writes about its own task."""
     student = student_of(files, LoraSettings(rank=4))
     network = Network(student.model, trained("lora"))
     settings = DistillSettings(lr=3e-2, max_length=2000, estimator=Estimator(k=1000), weighs=False)
     trainer = DistillTrainer(student, network, Processes(), settings)
-    group = taught(files, student, network, folder)
-    divergences = [trainer.step([group], 0.2).divergence or 0.0 for _ in range(30)]
-    assert divergences[-1] < 0.3 * divergences[0]
+    groups = [
+        taught(files, student, network, adapter_in(tmp_path / str(number), files, number), number)
+        for number in range(2)
+    ]
+    figures = [trainer.step(groups, 0.2) for _ in range(30)]
+    for name in figures[0].teachers:
+        assert figures[-1].teachers[name] < 0.5 * figures[0].teachers[name]
+    assert len(figures[0].teachers) == 2
 
 
 ROUTES = """
