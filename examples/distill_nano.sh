@@ -35,7 +35,7 @@ tasks = ["ground*"]
 adapter = "counting"
 tasks = ["count*"]
 END
-$keye distill --data "$out/both/data.jsonl" --teachers "$out/routes.toml" --lr 1e-3 --steps 80 --prompts 16 $few -o "$out/student"
+$keye distill --data "$out/both/data.jsonl" --teachers "$out/routes.toml" --lr 1e-3 --steps 60 --prompts 12 $few -o "$out/student"
 
 $python "$here/evaluate.py" --data ground="$out/held_out/data.jsonl" --data count="$out/count_held_out/data.jsonl" --old \
     --json "$out/figures.json" --adapter grounding="$out/grounding" --adapter counting="$out/counting" --adapter student="$out/student"
