@@ -179,6 +179,32 @@ def cases(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator
         ),
     )
 
+    yield Case(
+        "lora_experts of new tokens",
+        lambda backend: (
+            dispatch.lora_experts(
+                x[new],
+                logits[new],
+                EXPERTS_PER_TOKEN,
+                True,
+                gate_up,
+                down,
+                factors[0],
+                factors[1],
+                0.5,
+                backend,
+            ),
+        ),
+    )
+    low_rank = reference.Added(
+        first=randn(RANK, WIDTH, scale=WIDTH**-0.5), second=randn(WIDTH, RANK, scale=RANK**-0.5), scale=0.5, begin=0
+    )  # fmt: skip
+    yield Case(
+        "add_low_rank",
+        # The operation adds in place.
+        lambda backend: (dispatch.add_low_rank(x[new].clone(), x[new], (low_rank,), backend),),
+    )
+
     yield from _quantised_cases(x[new], logits[new], square, gate_up, down)
 
     residual, delta, norm = randn(NEW_TOKENS, WIDTH), randn(NEW_TOKENS, WIDTH), 1 + randn(WIDTH, scale=0.1)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -46,16 +46,18 @@ def isolated(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def keye(capsys: pytest.CaptureFixture[str]) -> Keye:
-    """Runs a command line in this process."""
+def keye(capsys: pytest.CaptureFixture[str]) -> Iterator[Keye]:
+    """Runs a command line in this process; what it says of the console, as -q does, ends with the test."""
     from keyecli.cli import run
+    from keyecli.console import console
 
     def call(*arguments: str) -> tuple[int, str, str]:
         code = run(list(arguments))
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return call
+    yield call
+    console.configure()
 
 
 @pytest.fixture(scope="session")
