@@ -68,9 +68,7 @@ def test_two_teachers_into_one_adapter(data: Path, tiny_checkpoint: Path, keye: 
     assert weights(folder / "run") != weights(folder / "first")
 
 
-@pytest.mark.parametrize(
-    "more", [("--mode", "student", "--no-weights"), ("--mode", "teacher-on-student"), ("--literal",)]
-)
+@pytest.mark.parametrize("more", [("--mode", "student", "--no-weights"), ("--literal",)])
 def test_other_estimators(
     more: tuple[str, ...], data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path
 ) -> None:

@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     data: Path, tiny_checkpoint: Path, isolated: dict[str, str], folder: Path
 ) -> None:
     """With tries that take several steps, so that there are always some that have not ended."""
-    more = ("--steps", "5", "--save-steps", "1", "--lr", "1e-2", "--partial-tokens", "3")
+    more = ("--steps", "4", "--save-steps", "1", "--lr", "1e-2", "--partial-tokens", "3")
     whole = run_keye(*arguments(data, tiny_checkpoint, "whole", *more), env=isolated)
     assert whole.returncode == 0, whole.stderr
     told = metrics(folder / "whole", "step")
