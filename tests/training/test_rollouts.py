@@ -114,7 +114,7 @@ def test_the_network_finds_what_the_engine_drew(loaded: LoadedModel, row: Traini
     network = Network(loaded.model, trained("lora")).eval()
     found = -network(group_pack(laid_out, "", rollouts), seen.sight).entropies
     engine = torch.tensor([value for one in rollouts for value in one.log_probs])
-    assert float((found - engine).abs().mean()) < 1e-5
+    assert float((found - engine).detach().abs().mean()) < 1e-5
     for rollout in rollouts:
         alone = -network(group_pack(laid_out, "", [rollout]), seen.sight).entropies
         torch.testing.assert_close(alone, torch.tensor(rollout.log_probs), rtol=1e-4, atol=1e-5)
