@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from keyecli.commands.interrupt import leaving_at_once
-from keyecli.commands.options import ask_options, load_arguments, with_settings
+from keyecli.commands.options import ask_options, with_settings
 from keyecli.commands.training import (
     FRAMES_OPTIONS,
     MODEL_OPTIONS,
@@ -37,18 +35,22 @@ from keyecli.commands.training import (
     Targets,
     TensorBoard,
     WeightDecay,
+    longest_pass,
     lora_settings,
+    model_to_train,
+    print_made,
     quieten,
+    step_teller,
     take_config,
+    tell_estimate,
     training_option,
 )
-from keyecli.console import ProgressReport, console
+from keyecli.console import console
 from keyecli.errors import UsageError
 from keyecli.settings import Settings
 
 if TYPE_CHECKING:
     from keyecli.training.distill import Distilled, DistillFigures
-    from keyecli.training.estimate import TrainingEstimate
 
 
 @with_settings(MODEL_OPTIONS, FRAMES_OPTIONS, OUTPUT_OPTIONS)
@@ -160,7 +162,6 @@ def distill(
     sampling_options = ask_options(settings, start=None, end=None, duration=None, subtitles=None)
     with leaving_at_once():
         from keyecli.engine.encoded import frame_cache
-        from keyecli.engine.loaded import open_model
         from keyecli.tasks.options import ask_settings
         from keyecli.training.distill import DistillSettings
         from keyecli.training.distill import distill as run
@@ -173,19 +174,14 @@ def distill(
         raise UsageError(f"--mode {mode} is not known; use {', '.join(MODES)}")
     routes = read_routes(teachers)
     rewards = tuple(reward or ("auto",))
-    arguments = load_arguments(settings)
-    files = open_model(
-        arguments["model"],
-        **{name: arguments[name] for name in ("device", "dtype", "kernels", "quant", "revision")},
-    )
-    context = files.config.max_position_embeddings
+    files = model_to_train(settings)
     chosen = DistillSettings(
         train=trained(train),
         lora=lora_settings(rank, alpha, 0.0, targets),
         lr=lr,
         weight_decay=weight_decay,
         steps=steps,
-        max_length=min(context, 32_768) if max_length is None else max_length,
+        max_length=longest_pass(files, max_length),
         seed=seed,
         save_steps=save_steps,
         save_minutes=save_minutes,
@@ -221,30 +217,18 @@ def distill(
             resume=resume,
             overwrite=overwrite,
             frame_cache=frame_cache(settings.cache_size) if settings.cache else None,
-            on_estimate=_tell_estimate,
+            on_estimate=tell_estimate,
             on_start=quieten,
-            on_step=_stepper(on_progress),
+            on_step=step_teller(on_progress, _words),
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.result(json.dumps(made.to_dict()) if settings.json else _said(made))
+    print_made(made, _said(made), settings)
 
 
-def _tell_estimate(estimate: TrainingEstimate) -> None:
-    console.notice(estimate.describe())
-
-
-def _stepper(on_progress: ProgressReport) -> Any:
-    """Tells each step on a terminal as a bar, elsewhere with --verbose as a line."""
-
-    def tell(step: int, share: float, figures: DistillFigures) -> None:
-        families = "".join(f", {name} {mean:.3f}" for name, mean in figures.families.items())
-        divergence = "" if figures.divergence is None else f", divergence {figures.divergence:.4f}"
-        words = f"step {step}{divergence}{families}, {figures.generate_s:.1f} s drawing, {figures.train_s:.1f} s learning"
-        left_s = figures.seconds * step * (1 - share) / share if share else 0.0
-        on_progress(f"{words}, {left_s:.0f} s left" if share else words, share, 1.0)
-        console.detail(words)
-
-    return tell
+def _words(step: int, figures: DistillFigures) -> str:
+    """What is told of a step."""
+    families = "".join(f", {name} {mean:.3f}" for name, mean in figures.families.items())
+    divergence = "" if figures.divergence is None else f", divergence {figures.divergence:.4f}"
+    return f"step {step}{divergence}{families}, {figures.generate_s:.1f} s drawing, {figures.train_s:.1f} s learning"
 
 
 def _said(made: Distilled) -> str:

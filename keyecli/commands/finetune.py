@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from keyecli.commands.interrupt import leaving_at_once
-from keyecli.commands.options import ask_options, load_arguments, with_settings
+from keyecli.commands.options import ask_options, with_settings
 from keyecli.commands.training import (
     FRAMES_OPTIONS,
     MODEL_OPTIONS,
@@ -37,12 +35,16 @@ from keyecli.commands.training import (
     Targets,
     TensorBoard,
     WeightDecay,
+    longest_pass,
     lora_settings,
+    model_to_train,
+    print_made,
     quieten,
+    step_teller,
     take_config,
     training_option,
 )
-from keyecli.console import ProgressReport, console
+from keyecli.console import console
 from keyecli.errors import UsageError
 from keyecli.settings import Settings
 
@@ -134,7 +136,6 @@ def finetune(
     sampling_options = ask_options(settings, start=None, end=None, duration=None, subtitles=None)
     with leaving_at_once():
         from keyecli.engine.encoded import frame_cache
-        from keyecli.engine.loaded import open_model
         from keyecli.tasks.options import ask_settings
         from keyecli.training.finetune import FinetuneSettings
         from keyecli.training.finetune import finetune as run
@@ -142,12 +143,7 @@ def finetune(
 
     what = trained(train)
     adapter = lora_settings(rank, alpha, dropout, targets)
-    arguments = load_arguments(settings)
-    files = open_model(
-        arguments["model"],
-        **{name: arguments[name] for name in ("device", "dtype", "kernels", "quant", "revision")},
-    )
-    context = files.config.max_position_embeddings
+    files = model_to_train(settings)
     chosen = FinetuneSettings(
         train=what,
         lora=adapter,
@@ -156,7 +152,7 @@ def finetune(
         epochs=epochs,
         steps=steps,
         batch_tokens=batch_tokens,
-        max_length=min(context, 32_768) if max_length is None else max_length,
+        max_length=longest_pass(files, max_length),
         seed=seed,
         save_steps=save_steps,
         save_minutes=save_minutes,
@@ -186,10 +182,9 @@ def finetune(
             frame_cache=frame_cache(settings.cache_size) if settings.cache else None,
             on_estimate=_tell_estimate,
             on_start=quieten,
-            on_step=_stepper(on_progress),
+            on_step=step_teller(on_progress, _words),
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.result(json.dumps(made.to_dict()) if settings.json else _said(made))
+    print_made(made, _said(made), settings)
 
 
 def _tell_estimate(estimate: Estimate) -> None:
@@ -200,20 +195,13 @@ def _tell_estimate(estimate: Estimate) -> None:
     )
 
 
-def _stepper(on_progress: ProgressReport) -> Any:
-    """Tells each step on a terminal as a bar, elsewhere with --verbose as a line."""
-
-    def tell(step: int, share: float, figures: Figures) -> None:
-        divergence = "" if figures.divergence is None else f", indexer {figures.divergence:.4f}"
-        words = (
-            f"step {step}, loss {figures.entropy:.4f}{divergence}, {figures.tokens_per_s:,.0f} tokens/s, "
-            f"{figures.peak_bytes / 2**30:.1f} GiB, fullest expert {figures.fullest_expert:.1f}x"
-        )
-        left_s = figures.seconds * step * (1 - share) / share if share else 0.0
-        on_progress(f"{words}, {left_s:.0f} s left" if share else words, share, 1.0)
-        console.detail(words)
-
-    return tell
+def _words(step: int, figures: Figures) -> str:
+    """What is told of a step."""
+    divergence = "" if figures.divergence is None else f", indexer {figures.divergence:.4f}"
+    return (
+        f"step {step}, loss {figures.entropy:.4f}{divergence}, {figures.tokens_per_s:,.0f} tokens/s, "
+        f"{figures.peak_bytes / 2**30:.1f} GiB, fullest expert {figures.fullest_expert:.1f}x"
+    )
 
 
 def _said(made: Finetuned) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from keyecli.commands.interrupt import leaving_at_once
-from keyecli.commands.options import ask_options, load_arguments, with_settings
+from keyecli.commands.options import ask_options, with_settings
 from keyecli.commands.training import (
     FRAMES_OPTIONS,
     MODEL_OPTIONS,
@@ -37,17 +35,21 @@ from keyecli.commands.training import (
     Targets,
     TensorBoard,
     WeightDecay,
+    longest_pass,
     lora_settings,
+    model_to_train,
+    print_made,
     quieten,
+    step_teller,
     take_config,
+    tell_estimate,
     training_option,
 )
-from keyecli.console import ProgressReport, console
+from keyecli.console import console
 from keyecli.errors import UsageError
 from keyecli.settings import Settings
 
 if TYPE_CHECKING:
-    from keyecli.training.estimate import TrainingEstimate
     from keyecli.training.rl import Reinforced, StepFigures
 
 
@@ -203,26 +205,20 @@ def rl(
     sampling_options = ask_options(settings, start=None, end=None, duration=None, subtitles=None)
     with leaving_at_once():
         from keyecli.engine.encoded import frame_cache
-        from keyecli.engine.loaded import open_model
         from keyecli.tasks.options import ask_settings
         from keyecli.training.network import trained
         from keyecli.training.rewards import compose
         from keyecli.training.rl import RLSettings, reinforce
 
     score = compose(reward, judge=_judge(judge, judge_model, judge_budget, out))
-    arguments = load_arguments(settings)
-    files = open_model(
-        arguments["model"],
-        **{name: arguments[name] for name in ("device", "dtype", "kernels", "quant", "revision")},
-    )
-    context = files.config.max_position_embeddings
+    files = model_to_train(settings)
     chosen = RLSettings(
         train=trained(train),
         lora=lora_settings(rank, alpha, 0.0, targets),
         lr=lr,
         weight_decay=weight_decay,
         steps=steps,
-        max_length=min(context, 32_768) if max_length is None else max_length,
+        max_length=longest_pass(files, max_length),
         seed=seed,
         save_steps=save_steps,
         save_minutes=save_minutes,
@@ -262,13 +258,12 @@ def rl(
             resume=resume,
             overwrite=overwrite,
             frame_cache=frame_cache(settings.cache_size) if settings.cache else None,
-            on_estimate=_tell_estimate,
+            on_estimate=tell_estimate,
             on_start=quieten,
             on_first_pass=lambda done, rows: on_progress("first pass", done, rows),
-            on_step=_stepper(on_progress),
+            on_step=step_teller(on_progress, _words),
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.result(json.dumps(made.to_dict()) if settings.json else _said(made))
+    print_made(made, _said(made), settings)
 
 
 def _pair(option: str, text: str | None) -> tuple[float, float] | None:
@@ -293,25 +288,14 @@ def _judge(url: str | None, model: str | None, budget: int, out: Path) -> Any:
     return Judge(JudgeSettings(url=url, model=model, budget=budget, cache=out / "judge"))
 
 
-def _tell_estimate(estimate: TrainingEstimate) -> None:
-    console.notice(estimate.describe())
-
-
-def _stepper(on_progress: ProgressReport) -> Any:
-    """Tells each step on a terminal as a bar, elsewhere with --verbose as a line."""
-
-    def tell(step: int, share: float, figures: StepFigures) -> None:
-        families = "".join(f", {name} {mean:.3f}" for name, mean in figures.families.items())
-        words = (
-            f"step {step}{_figure(', reward', figures.reward)}{families}, {figures.groups} groups, {figures.dropped} dropped"
-            f"{_figure(', length', figures.length)}{_figure(', clipped', figures.clipped)}, "
-            f"{figures.generate_s:.1f} s drawing, {figures.train_s:.1f} s learning"
-        )
-        left_s = figures.seconds * step * (1 - share) / share if share else 0.0
-        on_progress(f"{words}, {left_s:.0f} s left" if share else words, share, 1.0)
-        console.detail(words)
-
-    return tell
+def _words(step: int, figures: StepFigures) -> str:
+    """What is told of a step."""
+    families = "".join(f", {name} {mean:.3f}" for name, mean in figures.families.items())
+    return (
+        f"step {step}{_figure(', reward', figures.reward)}{families}, {figures.groups} groups, {figures.dropped} dropped"
+        f"{_figure(', length', figures.length)}{_figure(', clipped', figures.clipped)}, "
+        f"{figures.generate_s:.1f} s drawing, {figures.train_s:.1f} s learning"
+    )
 
 
 def _figure(name: str, value: float | None) -> str:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keyecli.commands.options import FRAMES, MODEL, OUTPUT
-from keyecli.console import console
+from keyecli.commands.options import FRAMES, MODEL, OUTPUT, load_arguments
+from keyecli.console import ProgressReport, console
 from keyecli.errors import UsageError
+from keyecli.settings import Settings
 
 if TYPE_CHECKING:
+    from keyecli.engine.loaded import ModelFiles
     from keyecli.model.lora import LoraSettings
     from keyecli.training.distributed import Processes
+    from keyecli.training.estimate import TrainingEstimate
+
+LONGEST_PASS = 32_768
 
 MODEL_OPTIONS = {
     name: MODEL[name]
@@ -150,6 +157,45 @@ def lora_settings(rank: int, alpha: float, dropout: float, targets: str | None) 
 
     named: Any = {} if targets is None else {"targets": tuple(targets.split(","))}
     return LoraSettings(rank, alpha, dropout, **named)
+
+
+def model_to_train(settings: Settings) -> ModelFiles:
+    """The model that options name, without its weights; errors as `open_model`."""
+    from keyecli.engine.loaded import open_model
+
+    arguments = load_arguments(settings)
+    taken = ("device", "dtype", "kernels", "quant", "revision")
+    return open_model(arguments["model"], **{name: arguments[name] for name in taken})
+
+
+def longest_pass(files: ModelFiles, max_length: int | None) -> int:
+    """Tokens of the longest pass; by default `LONGEST_PASS`, or the model's context."""
+    return min(files.config.max_position_embeddings, LONGEST_PASS) if max_length is None else max_length
+
+
+def tell_estimate(estimate: TrainingEstimate) -> None:
+    """The memory that a run takes."""
+    console.notice(estimate.describe())
+
+
+def step_teller(
+    on_progress: ProgressReport, words_of: Callable[[int, Any], str]
+) -> Callable[[int, float, Any], None]:
+    """Tells each step on a terminal as a bar, elsewhere with --verbose as a line. words_of: of its number and figures."""
+
+    def tell(step: int, share: float, figures: Any) -> None:
+        words = words_of(step, figures)
+        left_s = figures.seconds * step * (1 - share) / share if share else 0.0
+        on_progress(f"{words}, {left_s:.0f} s left" if share else words, share, 1.0)
+        console.detail(words)
+
+    return tell
+
+
+def print_made(made: Any, said: str, settings: Settings) -> None:
+    """What a run came to, of several processes by the first one."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.result(json.dumps(made.to_dict()) if settings.json else said)
 
 
 def launch(config: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from keyecli.engine.loaded import LoadedModel, ModelFiles, free_memory_bytes, memory_limits
+from keyecli.engine.loaded import LoadedModel, ModelFiles
 from keyecli.errors import InputError, UsageError
 from keyecli.model.prompt import Prompt, Visual
 from keyecli.training.data import DataFile, open_data
@@ -32,12 +31,11 @@ from keyecli.training.distill_loss import (
 from keyecli.training.distributed import Processes, add_gradients, joined
 from keyecli.training.estimate import TrainingEstimate
 from keyecli.training.learner import Learner
-from keyecli.training.metrics import Metrics as MetricsFile
 from keyecli.training.network import Main, Network, moved
 from keyecli.training.on_policy import (
-    PAGE_FILE,
-    ROLLOUTS_FILE,
     EvalFigures,
+    Finished,
+    OnFirstPass,
     OnPolicyRun,
     OnPolicySettings,
     ShownGroup,
@@ -46,13 +44,11 @@ from keyecli.training.on_policy import (
 )
 from keyecli.training.packing import Pack
 from keyecli.training.rewards import Composite, Scores
-from keyecli.training.rollout_page import write_page
 from keyecli.training.rollouts import Group, Rollout, group_pack, passes
-from keyecli.training.run import METRICS_FILE, deterministic, refuse, require_folder, stopping
+from keyecli.training.run import deterministic, refuse, require_folder
 from keyecli.training.schedule import LEARNING_RATES, Schedule
 from keyecli.training.sight import Seen
 from keyecli.training.teachers import Route, Teacher, load_teachers, route_of
-from keyecli.training.trainer import NotFiniteError
 
 OnStep = Callable[[int, float, "DistillFigures"], None]
 """Told after each step: its number, the share of the run that is done, and its figures."""
@@ -169,7 +165,7 @@ def distill(
             score,
             routes,
         )
-        return run.go(resume, on_estimate, on_step)
+        return run.write(run.run(resume, on_estimate, None, on_step))
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,9 @@ class DistillTrainer(Learner):
             with self.timed("train_s"):
                 for taught in batch:
                     told += self._learn(taught, total)
-                self._refuse_not_finite(told)
+                self.refuse_not_finite(
+                    sorted({one["source"] for one in told if not math.isfinite(one["loss"])})
+                )
                 add_gradients(self.parameters, self.processes)
             figures.norm = max(figures.norm or 0.0, self.update(figures.lr))
         gathered: list[list[dict[str, Any]]] = self.processes.gathered(told)  # type: ignore[assignment]
@@ -260,16 +258,6 @@ class DistillTrainer(Learner):
             },
         }
 
-    def _refuse_not_finite(self, told: Sequence[dict[str, Any]]) -> None:
-        bad = sorted({one["source"] for one in told if not math.isfinite(one["loss"])})
-        named: list[str] = [name for part in self.processes.gathered(bad) for name in part]  # type: ignore[attr-defined]
-        if named:
-            self.drop_gradients()
-            raise NotFiniteError(
-                f"the loss is not a number in {', '.join(named[:8])}{' …' if len(named) > 8 else ''}: "
-                "look at these rows, or lower --lr"
-            )
-
     def _tell(self, figures: DistillFigures, told: Sequence[dict[str, Any]]) -> None:
         """Means over the sampled tokens of all processes."""
         figures.tokens = sum(one["tokens"] for one in told)
@@ -323,54 +311,13 @@ class _Distilling(OnPolicyRun):
         self.totals: dict[str, Any] = {"tries": 0, "seconds": 0.0, "peak": 0}
         self.divergences: list[float] = []
 
-    def go(
-        self,
-        resume: bool,
-        on_estimate: Callable[[TrainingEstimate], None] | None,
-        on_step: OnStep | None,
-    ) -> Distilled:
-        settings = self.settings
-        estimate = self.estimate()
-        if on_estimate and self.processes.first:
-            on_estimate(estimate)
-        estimate.check(free_memory_bytes(self.files.device))
-        with memory_limits(self.files.device), ExitStack() as stack:
-            network = self.load()
-            self.teachers = load_teachers(self.routes, self.files, self.loaded, network)
-            network.keeper.room_bytes = estimate.room_bytes(free_memory_bytes(self.files.device))
-            self.trainer = DistillTrainer(self.loaded, network, self.processes, settings)
-            self.learn_from(range(len(self.rows)))
-            step = self._resume() if resume else 0
-            metrics = self.metrics(stack, step if resume else None)
-            self.keep_rollouts_until(step)
-            held_out = self.held_out_prompts()
-            if step == 0:
-                self.before, _ = self.evaluated(held_out)
-                self.tell_eval(metrics, 0, self.before)
-            step = self._train(metrics, step, on_step)
-            after, samples = self.evaluated(held_out)
-            self.tell_eval(metrics, step, after)
-        return self._write(step, after, samples)
+    def prepare(self, network: Network, on_first_pass: OnFirstPass | None) -> DistillTrainer:
+        self.teachers = load_teachers(self.routes, self.files, self.loaded, network)
+        self.trainer = DistillTrainer(self.loaded, network, self.processes, self.settings)
+        self.learn_from(range(len(self.rows)))
+        return self.trainer
 
-    def _train(self, metrics: MetricsFile | None, step: int, on_step: OnStep | None) -> int:
-        settings = self.settings
-        total = settings.steps or 1
-        held_out = self.held_out_prompts() if settings.eval_steps else []
-        with stopping() as stop:
-            while step < total:
-                figures = self._step(step, total)
-                step += 1
-                if metrics is not None:
-                    metrics.write("step", step, **asdict(figures))
-                if on_step and self.processes.first:
-                    on_step(step, step / total, figures)
-                self.save_in_time(self.trainer, step, stop, self._state())
-                if settings.eval_steps and step % settings.eval_steps == 0 and step < total:
-                    self.tell_eval(metrics, step, self.evaluated(held_out)[0])
-        self.save(self.trainer, step, self._state())
-        return step
-
-    def _step(self, step: int, total: int) -> DistillFigures:
+    def one_step(self, step: int, total: int) -> DistillFigures:
         """Draw, ask the teachers, learn."""
         begin_s = time.perf_counter()
         self.loaded.model.eval()
@@ -422,29 +369,18 @@ class _Distilling(OnPolicyRun):
 
     # Checkpoints, and what comes out.
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "taken": self.processes.gathered(self.order.taken),
-            "totals": self.totals,
-            "divergences": self.divergences,
-            "before": None if self.before is None else asdict(self.before),
-            "left_out": self.left_out,
-        }
+    def state(self) -> dict[str, Any]:
+        return {"totals": self.totals, "divergences": self.divergences}
 
-    def _resume(self) -> int:
-        state = self.resume(self.trainer)
-        self.require_processes(len(state["taken"]))
-        self.order.taken = state["taken"][self.processes.rank]
+    def take_state(self, state: Mapping[str, Any]) -> None:
         self.totals, self.divergences = state["totals"], state["divergences"]
-        self.left_out = state["left_out"]
-        self.before = None if state["before"] is None else EvalFigures(**state["before"])
-        return state["step"]
 
-    def _write(self, step: int, after: EvalFigures | None, samples: Sequence[Mapping[str, Any]]) -> Distilled:
+    def write(self, end: Finished) -> Distilled:
+        """Everything that the run made, and what it came to."""
         result = Distilled(
             folder=self.out,
             train=str(self.settings.train),
-            steps=step,
+            steps=end.step,
             tries=self.totals["tries"],
             left_out=len(self.left_out),
             seconds=self.totals["seconds"],
@@ -452,25 +388,10 @@ class _Distilling(OnPolicyRun):
             divergence_last=self.divergences[-1] if self.divergences else None,
             peak_bytes=self.totals["peak"],
             before=self.before,
-            after=after,
+            after=end.after,
         )
-        self.write_weights(self.trainer.network)
-        if self.processes.first:
-            write_page(
-                self.out / METRICS_FILE, self.out / ROLLOUTS_FILE, self.out / PAGE_FILE, f"{self.out.name}: keye distill"
-            )  # fmt: skip
-            results = {
-                "steps": step,
-                "tries": result.tries,
-                "divergence_first": result.divergence_first,
-                "divergence_last": result.divergence_last,
-                "held_out_reward_before": self.before and self.before.reward,
-                "held_out_reward_after": after and after.reward,
-                "seconds": result.seconds,
-                "peak_bytes": result.peak_bytes,
-            }
-            names = ", ".join(dict.fromkeys(Path(route.name).name for route in self.routes))
-            method = f"on-policy distillation ({self.settings.estimator.mode}) from {names}"
-            self.write_run_card(results, samples, result.left_out, method)
-        self.processes.wait()
+        teachers = ", ".join(dict.fromkeys(Path(route.name).name for route in self.routes))
+        method = f"on-policy distillation ({self.settings.estimator.mode}) from {teachers}"
+        names = ("steps", "tries", "divergence_first", "divergence_last", "seconds", "peak_bytes")
+        self.deliver(self.trainer, end, {name: getattr(result, name) for name in names}, method)
         return result

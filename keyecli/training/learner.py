@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from keyecli.engine.loaded import LoadedModel
+from keyecli.errors import KeyeError
 from keyecli.training.distributed import Processes, placed_like
 from keyecli.training.network import Network
 from keyecli.training.optimizer import MasterAdamW
 from keyecli.training.schedule import Schedule
+
+
+class NotFiniteError(KeyeError):
+    """The loss is not a number; the message names the rows."""
 
 
 class Learner:
@@ -72,6 +77,17 @@ class Learner:
         """Forget gradients that nothing is to be made of."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def refuse_not_finite(self, bad: Sequence[str], what: str = "") -> None:
+        """NotFiniteError when any process names rows whose loss is not a number; what: has become of the step."""
+        named: list[str] = [name for part in self.processes.gathered(list(bad)) for name in part]  # type: ignore[attr-defined]
+        if not named:
+            return
+        self.drop_gradients()
+        raise NotFiniteError(
+            f"the loss is not a number in {', '.join(named[:8])}{' …' if len(named) > 8 else ''}: {what}"
+            "look at these rows, or lower --lr"
+        )
 
     def training(self) -> None:
         """Frozen parts are in evaluation, as they are when answering."""

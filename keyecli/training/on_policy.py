@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from keyecli.engine.loaded import ModelFiles
+from keyecli.engine.loaded import ModelFiles, free_memory_bytes, memory_limits
 from keyecli.errors import InputError, KeyeWarning, UsageError
 from keyecli.export.files import write_texts
 from keyecli.model.companions import load_tokenizer
@@ -19,10 +20,11 @@ from keyecli.training.attempts import Attempt
 from keyecli.training.data import DataFile
 from keyecli.training.distributed import Processes
 from keyecli.training.estimate import TrainingEstimate, estimate_training
+from keyecli.training.learner import Learner
 from keyecli.training.metrics import Metrics
 from keyecli.training.network import Main, Network
 from keyecli.training.rewards import Composite, Scores
-from keyecli.training.rollout_page import SCHEMA
+from keyecli.training.rollout_page import SCHEMA, write_page
 from keyecli.training.rollouts import (
     Group,
     PlannedPrompt,
@@ -32,9 +34,12 @@ from keyecli.training.rollouts import (
     Rollout,
     seed_of,
 )
-from keyecli.training.run import Run, RunSettings
+from keyecli.training.run import METRICS_FILE, Run, RunSettings, stopping
 from keyecli.training.schedule import POLICY_RATES
 from keyecli.training.sight import Seen, see
+
+OnFirstPass = Callable[[int, int], None]
+"""Told, where rows are looked at before anything is learnt, how many of how many were."""
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 PAGE_FILE = "rollouts.html"
@@ -98,6 +103,15 @@ class EvalFigures:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """The end of a run: its last step, and the figures and a few answers of held-out rows."""
+
+    step: int
+    after: EvalFigures | None
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class ShownGroup:
     """A group for whoever reads along: the score of each try, and what it was pushed by; kept: whether it was learnt from."""
 
@@ -155,6 +169,99 @@ class OnPolicyRun(Run):
         """The rows whose prompts are asked."""
         self.order = PromptOrder(self.planner, chosen, self.settings.seed, self.processes, self.leave_out)
 
+    # What kinds of such runs differ in.
+
+    def prepare(self, network: Network, on_first_pass: OnFirstPass | None) -> Learner:
+        """Make what learns, and say which rows it learns from."""
+        raise NotImplementedError
+
+    def one_step(self, step: int, total: int) -> Any:
+        """Draw and learn; the figures of the step, a dataclass."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold besides weights and what all such runs have."""
+        raise NotImplementedError
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        raise NotImplementedError
+
+    # The order of events.
+
+    def run(
+        self,
+        resume: bool,
+        on_estimate: Callable[[TrainingEstimate], None] | None,
+        on_first_pass: OnFirstPass | None,
+        on_step: Callable[[int, float, Any], None] | None,
+    ) -> Finished:
+        """All steps that are left, between two looks at held-out rows."""
+        estimate = self.estimate()
+        if on_estimate and self.processes.first:
+            on_estimate(estimate)
+        estimate.check(free_memory_bytes(self.files.device))
+        with memory_limits(self.files.device), ExitStack() as stack:
+            network = self.load()
+            learner = self.prepare(network, on_first_pass)
+            network.keeper.room_bytes = estimate.room_bytes(free_memory_bytes(self.files.device))
+            step = self._resume(learner) if resume else 0
+            metrics = self.metrics(stack, step if resume else None)
+            self.keep_rollouts_until(step)
+            held_out = self.held_out_prompts()
+            if step == 0:
+                self.before, _ = self.evaluated(held_out)
+                self.tell_eval(metrics, 0, self.before)
+            step = self._train(learner, metrics, held_out, step, on_step)
+            after, samples = self.evaluated(held_out)
+            self.tell_eval(metrics, step, after)
+        return Finished(step, after, samples)
+
+    def _train(
+        self,
+        learner: Learner,
+        metrics: Metrics | None,
+        held_out: Sequence[PlannedPrompt],
+        step: int,
+        on_step: Callable[[int, float, Any], None] | None,
+    ) -> int:
+        settings = self.settings
+        total = settings.steps or 1
+        with stopping() as stop:
+            while step < total:
+                figures = self.one_step(step, total)
+                step += 1
+                if metrics is not None:
+                    metrics.write("step", step, **asdict(figures))
+                if on_step and self.processes.first:
+                    on_step(step, step / total, figures)
+                self.save_in_time(learner, step, stop, self._whole_state())
+                if settings.eval_steps and step % settings.eval_steps == 0 and step < total:
+                    self.tell_eval(metrics, step, self.evaluated(held_out)[0])
+        self.save(learner, step, self._whole_state())
+        return step
+
+    def _whole_state(self) -> dict[str, Any]:
+        return {
+            "taken": self.processes.gathered(self.order.taken),
+            "before": None if self.before is None else asdict(self.before),
+            "left_out": self.left_out,
+            **self.state(),
+        }
+
+    def _resume(self, learner: Learner) -> int:
+        state = self.resume(learner)
+        count = len(state["taken"])
+        if count != self.processes.count:
+            raise UsageError(
+                f"the run in {self.out} has {count} processes and this one {self.processes.count}: --resume needs as many"
+            )
+        self.order.taken = state["taken"][self.processes.rank]
+        self.before = None if state["before"] is None else EvalFigures(**state["before"])
+        self.left_out = state["left_out"]
+        self.take_state(state)
+        return state["step"]
+
     def estimate(self) -> TrainingEstimate:
         """The memory of a step, by the longest of the first prompts."""
         settings, files = self.settings, self.files
@@ -178,6 +285,19 @@ class OnPolicyRun(Run):
             checkpointing=settings.checkpointing,
             accumulates=True,
         )
+
+    def deliver(self, learner: Learner, end: Finished, results: Mapping[str, Any], method: str) -> None:
+        """Write the weights, the page of tries, and the card with `results` and those of held-out rows."""
+        self.write_weights(learner.network)
+        if self.processes.first:
+            title = f"{self.out.name}: {self.settings.COMMAND}"
+            write_page(self.out / METRICS_FILE, self.out / ROLLOUTS_FILE, self.out / PAGE_FILE, title)
+            held_out = {
+                "held_out_reward_before": self.before and self.before.reward,
+                "held_out_reward_after": end.after and end.after.reward,
+            }
+            self.write_run_card({**results, **held_out}, end.samples, len(self.left_out), method)
+        self.processes.wait()
 
     def own_prompts(self) -> int:
         """Of a step's prompts those that this process answers."""
@@ -212,13 +332,6 @@ class OnPolicyRun(Run):
             self.left_out[source] = str(error)
             named = str(error) if source in str(error) else f"{source}: {error}"
             warnings.warn(f"a row is left out: {named}", KeyeWarning, stacklevel=2)
-
-    def require_processes(self, count: int) -> None:
-        """UsageError unless a run that is resumed has as many processes as it had: each has prompts of its own."""
-        if count != self.processes.count:
-            raise UsageError(
-                f"the run in {self.out} has {count} processes and this one {self.processes.count}: --resume needs as many"
-            )
 
     # Held-out rows.
 

@@ -20,7 +20,6 @@ from keyecli.training.policy_loss import Algorithm, divergence_estimate, objecti
 from keyecli.training.rollouts import Group, group_pack, passes
 from keyecli.training.schedule import Schedule
 from keyecli.training.sight import Seen
-from keyecli.training.trainer import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -154,13 +153,7 @@ class PolicyTrainer(Learner):
             clipped += torch.tensor([float(found.clipped.sum()), float(len(found.clipped))]).to(clipped)
             if not math.isfinite(float(found.total.detach())):
                 bad += one.pack.sources
-        named: list[str] = [name for part in self.processes.gathered(bad) for name in part]  # type: ignore[attr-defined]
-        if named:
-            self.drop_gradients()
-            raise NotFiniteError(
-                f"the loss is not a number in {', '.join(named[:8])}{' …' if len(named) > 8 else ''}: "
-                "look at these rows, or lower --lr"
-            )
+        self.refuse_not_finite(bad)
 
     @torch.no_grad()
     def _watch(self, figures: PolicyFigures, made: Sequence[Pass], start: bool) -> None:

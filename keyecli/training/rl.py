@@ -8,7 +8,6 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,17 +15,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from keyecli.engine.loaded import ModelFiles, free_memory_bytes, memory_limits
+from keyecli.engine.loaded import ModelFiles
 from keyecli.errors import InputError, KeyeWarning, UsageError
 from keyecli.training.agreement import selection_agreement
 from keyecli.training.data import DataFile, open_data
 from keyecli.training.distributed import Processes, joined
 from keyecli.training.estimate import TrainingEstimate
-from keyecli.training.metrics import Metrics
+from keyecli.training.network import Network
 from keyecli.training.on_policy import (
-    PAGE_FILE,
-    ROLLOUTS_FILE,
     EvalFigures,
+    Finished,
+    OnFirstPass,
     OnPolicyRun,
     OnPolicySettings,
     ShownGroup,
@@ -36,14 +35,11 @@ from keyecli.training.on_policy import (
 from keyecli.training.policy_loss import ALGORITHMS, Algorithm, advantages, has_variance
 from keyecli.training.policy_trainer import PolicyFigures, PolicyTrainer, ScoredGroup
 from keyecli.training.rewards import Composite, Scores
-from keyecli.training.rollout_page import write_page
-from keyecli.training.rollouts import Group, PlannedPrompt, Rollout
+from keyecli.training.rollouts import Group, Rollout
 from keyecli.training.run import (
-    METRICS_FILE,
     deterministic,
     refuse,
     require_folder,
-    stopping,
 )
 from keyecli.training.schedule import Schedule
 from keyecli.training.sight import Seen
@@ -159,7 +155,7 @@ def reinforce(
     frame_cache: Any = None,
     on_estimate: Callable[[TrainingEstimate], None] | None = None,
     on_start: Callable[[Processes], None] | None = None,
-    on_first_pass: Callable[[int, int], None] | None = None,
+    on_first_pass: OnFirstPass | None = None,
     on_step: OnStep | None = None,
 ) -> Reinforced:
     """Train and write OUT; errors as `keyecli.training.finetune.finetune`, and those of rewards. on_first_pass: told of how many
@@ -176,7 +172,7 @@ def reinforce(
         run = _Reinforcing(
             replace(files, device=device), rows, held_out, out, settings, processes, frame_cache, score
         )
-        return run.go(resume, on_estimate, on_first_pass, on_step)
+        return run.write(run.run(resume, on_estimate, on_first_pass, on_step))
 
 
 @dataclass(frozen=True)
@@ -219,71 +215,23 @@ class _Reinforcing(OnPolicyRun):
         self.totals: dict[str, Any] = {"tries": 0, "groups": 0, "dropped": 0, "seconds": 0.0, "peak": 0}
         self.rewards: list[float] = []
 
-    def go(
-        self,
-        resume: bool,
-        on_estimate: Callable[[TrainingEstimate], None] | None,
-        on_first_pass: Callable[[int, int], None] | None,
-        on_step: OnStep | None,
-    ) -> Reinforced:
+    def prepare(self, network: Network, on_first_pass: OnFirstPass | None) -> PolicyTrainer:
         settings = self.settings
-        estimate = self.estimate()
-        if on_estimate and self.processes.first:
-            on_estimate(estimate)
-        estimate.check(free_memory_bytes(self.files.device))
-        with memory_limits(self.files.device), ExitStack() as stack:
-            network = self.load()
-            network.keeper.room_bytes = estimate.room_bytes(free_memory_bytes(self.files.device))
-            self.trainer = PolicyTrainer(
-                self.loaded,
-                network,
-                Schedule(settings.rate, weight_decay=settings.weight_decay, decays=settings.decays),
-                self.processes,
-                algorithm=settings.algorithm,
-                clipping=settings.clipping,
-                max_length=settings.max_length,
-                minibatches=settings.minibatches,
-                optimizer=settings.optimizer,
-            )
-            self.learn_from(self._chosen(on_first_pass))
-            step = self._resume() if resume else 0
-            metrics = self.metrics(stack, step if resume else None)
-            self.keep_rollouts_until(step)
-            held_out = self.held_out_prompts()
-            if step == 0:
-                self.before, _ = self.evaluated(held_out)
-                self.tell_eval(metrics, 0, self.before)
-            step = self._train(metrics, held_out, step, on_step)
-            after, samples = self.evaluated(held_out)
-            self.tell_eval(metrics, step, after)
-        return self._write(step, after, samples)
+        self.trainer = PolicyTrainer(
+            self.loaded,
+            network,
+            Schedule(settings.rate, weight_decay=settings.weight_decay, decays=settings.decays),
+            self.processes,
+            algorithm=settings.algorithm,
+            clipping=settings.clipping,
+            max_length=settings.max_length,
+            minibatches=settings.minibatches,
+            optimizer=settings.optimizer,
+        )
+        self.learn_from(self._chosen(on_first_pass))
+        return self.trainer
 
-    # The order of events.
-
-    def _train(
-        self,
-        metrics: Metrics | None,
-        held_out: Sequence[PlannedPrompt],
-        step: int,
-        on_step: OnStep | None,
-    ) -> int:
-        settings = self.settings
-        total = settings.steps or 1
-        with stopping() as stop:
-            while step < total:
-                figures = self._step(step, total)
-                step += 1
-                if metrics is not None:
-                    metrics.write("step", step, **asdict(figures))
-                if on_step and self.processes.first:
-                    on_step(step, step / total, figures)
-                self.save_in_time(self.trainer, step, stop, self._state())
-                if settings.eval_steps and step % settings.eval_steps == 0 and step < total:
-                    self.tell_eval(metrics, step, self.evaluated(held_out)[0])
-        self.save(self.trainer, step, self._state())
-        return step
-
-    def _step(self, step: int, total: int) -> StepFigures:
+    def one_step(self, step: int, total: int) -> StepFigures:
         """Draw, score, learn."""
         begin_s = time.perf_counter()
         figures = StepFigures()
@@ -409,7 +357,7 @@ class _Reinforcing(OnPolicyRun):
 
     # Rows: which are used, and which are not.
 
-    def _chosen(self, on_first_pass: Callable[[int, int], None] | None) -> list[int]:
+    def _chosen(self, on_first_pass: OnFirstPass | None) -> list[int]:
         """The rows to learn from: all, or those of the wanted difficulty, which a first pass finds and DIFFICULTY_FILE keeps."""
         if self.settings.difficulty is None:
             return list(range(len(self.rows)))
@@ -477,25 +425,17 @@ class _Reinforcing(OnPolicyRun):
 
     # Checkpoints.
 
-    def _state(self) -> dict[str, Any]:
-        own = {"taken": self.order.taken, "waiting": [group.state() for group in self.waiting]}
+    def state(self) -> dict[str, Any]:
         return {
-            "policies": self.processes.gathered(own),
+            "waiting": self.processes.gathered([group.state() for group in self.waiting]),
             "totals": self.totals,
             "rewards": self.rewards,
-            "before": None if self.before is None else asdict(self.before),
-            "left_out": self.left_out,
         }
 
-    def _resume(self) -> int:
-        state = self.resume(self.trainer)
-        self.require_processes(len(state["policies"]))
-        own = state["policies"][self.processes.rank]
-        self.order.taken = own["taken"]
-        self.waiting = [Group.of(one, self.planner.plan(one["index"])) for one in own["waiting"]]
-        self.totals, self.rewards, self.left_out = state["totals"], state["rewards"], state["left_out"]
-        self.before = None if state["before"] is None else EvalFigures(**state["before"])
-        return state["step"]
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        own = state["waiting"][self.processes.rank]
+        self.waiting = [Group.of(one, self.planner.plan(one["index"])) for one in own]
+        self.totals, self.rewards = state["totals"], state["rewards"]
 
     # What is told.
 
@@ -512,14 +452,13 @@ class _Reinforcing(OnPolicyRun):
 
     # What comes out.
 
-    def _write(
-        self, step: int, after: EvalFigures | None, samples: Sequence[Mapping[str, Any]]
-    ) -> Reinforced:
-        totals = self.totals
+    def write(self, end: Finished) -> Reinforced:
+        """Everything that the run made, and what it came to."""
+        totals, settings = self.totals, self.settings
         result = Reinforced(
             folder=self.out,
-            train=str(self.settings.train),
-            steps=step,
+            train=str(settings.train),
+            steps=end.step,
             tries=totals["tries"],
             groups=totals["groups"],
             dropped=totals["dropped"],
@@ -529,25 +468,9 @@ class _Reinforcing(OnPolicyRun):
             reward_last=self.rewards[-1] if self.rewards else None,
             peak_bytes=totals["peak"],
             before=self.before,
-            after=after,
+            after=end.after,
         )
-        self.write_weights(self.trainer.network)
-        if self.processes.first:
-            write_page(
-                self.out / METRICS_FILE, self.out / ROLLOUTS_FILE, self.out / PAGE_FILE, f"{self.out.name}: keye rl"
-            )  # fmt: skip
-            results = {
-                "steps": step,
-                "tries": result.tries,
-                "reward_first": result.reward_first,
-                "reward_last": result.reward_last,
-                "held_out_reward_before": self.before and self.before.reward,
-                "held_out_reward_after": after and after.reward,
-                "seconds": result.seconds,
-                "peak_bytes": result.peak_bytes,
-            }
-            rewards = ", ".join(self.settings.rewards)
-            method = f"reinforcement learning ({self.settings.algorithm}) from {rewards}"
-            self.write_run_card(results, samples, result.left_out, method)
-        self.processes.wait()
+        method = f"reinforcement learning ({settings.algorithm}) from {', '.join(settings.rewards)}"
+        names = ("steps", "tries", "reward_first", "reward_last", "seconds", "peak_bytes")
+        self.deliver(self.trainer, end, {name: getattr(result, name) for name in names}, method)
         return result

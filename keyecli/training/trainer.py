@@ -5,6 +5,7 @@ Every process works out the same plan of a step and computes its own packs; sums
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from keyecli.engine.loaded import LoadedModel
-from keyecli.errors import InputError, KeyeError, KeyeWarning
+from keyecli.errors import InputError, KeyeWarning
 from keyecli.model.keye import IGNORED_LABEL
 from keyecli.training.distributed import Processes, add_gradients, last_backward
 from keyecli.training.examples import Example
@@ -34,10 +35,6 @@ Look = Callable[[PlannedRow], LoadedModel]
 HELD_OUT_ROWS = 64
 # By name, of each layer: what `HeldOut` has of the indexer.
 Recalls = dict[str, list[float | None]]
-
-
-class NotFiniteError(KeyeError):
-    """The loss is not a number; the message names the rows. Nothing was updated."""
 
 
 @dataclass
@@ -273,15 +270,9 @@ class Trainer(Learner):
         return pack([Example("", ids, torch.arange(2).expand(3, 2).numpy(), ids * 0 + IGNORED_LABEL, 0)])
 
     def _refuse_not_finite(self, loss: float, bad: list[str], step: Step) -> None:
-        named: list[str] = [name for part in self.processes.gathered(bad) for name in part]  # type: ignore[attr-defined]
-        if torch.isfinite(torch.tensor(loss)) and not named:
-            return
-        self.drop_gradients()
-        rows = named or [row.row.source for row in step.rows]
-        raise NotFiniteError(
-            f"the loss is not a number in {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}: nothing was updated; "
-            "look at these rows, or lower --lr"
-        )
+        if not math.isfinite(loss) and not self.processes.any(bool(bad), self.device):
+            bad = [row.row.source for row in step.rows] if self.processes.first else []
+        self.refuse_not_finite(bad, "nothing was updated; ")
 
 
 def _mean_of_layers(rows: Sequence[Sequence[float | None]]) -> list[float | None] | None:
