@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from keyecli.engine.loaded import LoadedModel, ModelFiles
 from keyecli.errors import InputError, UsageError
 from keyecli.model.prompt import Prompt, Visual
-from keyecli.training.data import DataFile, open_data
+from keyecli.training.data import DataFile
 from keyecli.training.distill_loss import (
     Aligned,
     Estimator,
@@ -28,7 +28,7 @@ from keyecli.training.distill_loss import (
     repetition_penalty,
     token_weights,
 )
-from keyecli.training.distributed import Processes, add_gradients, joined
+from keyecli.training.distributed import Processes, add_gradients
 from keyecli.training.estimate import TrainingEstimate
 from keyecli.training.learner import Learner
 from keyecli.training.network import Main, Network, moved
@@ -45,7 +45,7 @@ from keyecli.training.on_policy import (
 from keyecli.training.packing import Pack
 from keyecli.training.rewards import Composite, Scores
 from keyecli.training.rollouts import Group, Rollout, group_pack, passes
-from keyecli.training.run import deterministic, refuse, require_folder
+from keyecli.training.run import opened
 from keyecli.training.schedule import LEARNING_RATES, Schedule
 from keyecli.training.sight import Seen
 from keyecli.training.teachers import Route, Teacher, load_teachers, route_of
@@ -145,26 +145,22 @@ def distill(
     on_step: OnStep | None = None,
 ) -> Distilled:
     """Train and write OUT; errors as `keyecli.training.rl.reinforce`, and those of routes and teachers."""
-    refuse(files, settings)
-    with deterministic(settings.deterministic), joined(files.device, None) as (processes, device):
-        if on_start:
-            on_start(processes)
-        if processes.sharded:
-            raise UsageError("keye distill answers with whole models: use a configuration without FSDP")
-        rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
-        held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
-        require_folder(out, resume, overwrite, processes)
+    with opened(
+        files,
+        data,
+        out,
+        settings,
+        format=format,
+        dataset=dataset,
+        media_root=media_root,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+        on_start=on_start,
+    ) as begun:
         run = _Distilling(
-            replace(files, device=device),
-            rows,
-            held_out,
-            out,
-            settings,
-            processes,
-            frame_cache,
-            score,
-            routes,
-        )
+            begun.files, begun.rows, begun.held_out, out, settings, begun.processes, frame_cache, score, routes
+        )  # fmt: skip
         return run.write(run.run(resume, on_estimate, None, on_step))
 
 

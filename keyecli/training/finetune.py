@@ -17,24 +17,15 @@ from keyecli.engine.loaded import (
 )
 from keyecli.errors import InputError, KeyeWarning
 from keyecli.model.companions import load_tokenizer
-from keyecli.training.data import DataFile, open_data
-from keyecli.training.distributed import Processes, joined
+from keyecli.training.data import DataFile
+from keyecli.training.distributed import Processes
 from keyecli.training.estimate import TrainingEstimate, device_rate, estimate_seconds, estimate_training
 from keyecli.training.feed import PlannedRow, Planner, Position, Step, steps
 from keyecli.training.frames import DecodePool, RowFrames
 from keyecli.training.metrics import Metrics, read_metrics
 from keyecli.training.packing import pack_tokens
 from keyecli.training.plot import loss_plot
-from keyecli.training.run import (
-    METRICS_FILE,
-    PLOT_FILE,
-    Run,
-    RunSettings,
-    deterministic,
-    refuse,
-    require_folder,
-    stopping,
-)
+from keyecli.training.run import METRICS_FILE, PLOT_FILE, Run, RunSettings, opened, stopping
 from keyecli.training.samples import answer_rows
 from keyecli.training.schedule import Schedule
 from keyecli.training.trainer import HELD_OUT_ROWS, Figures, HeldOut, Trainer
@@ -116,15 +107,21 @@ def finetune(
     ModelError: a model that cannot be trained so; MemoryLimitError; NotFiniteError: a loss that is not a number.
     KeyboardInterrupt after a checkpoint was saved.
     """
-    refuse(files, settings)
-    with deterministic(settings.deterministic), joined(files.device, settings.shard) as (processes, device):
-        if on_start:
-            on_start(processes)
-        rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
-        held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
-        require_folder(out, resume, overwrite, processes)
+    with opened(
+        files,
+        data,
+        out,
+        settings,
+        format=format,
+        dataset=dataset,
+        media_root=media_root,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+        on_start=on_start,
+    ) as begun:
         run = _Finetuning(
-            replace(files, device=device), rows, held_out, out, settings, processes, frame_cache
+            begun.files, begun.rows, begun.held_out, out, settings, begun.processes, frame_cache
         )
         return run.go(resume, on_estimate, on_step)
 

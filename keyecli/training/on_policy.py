@@ -66,6 +66,7 @@ class OnPolicySettings(RunSettings):
     rewards: tuple[str, ...] = ()
 
     COMMAND: ClassVar[str] = "keye rl"
+    SHARDS: ClassVar[bool] = False
     RATES: ClassVar[Mapping[Main, float]] = POLICY_RATES
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         "prompts",

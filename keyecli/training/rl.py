@@ -18,8 +18,8 @@ import torch
 from keyecli.engine.loaded import ModelFiles
 from keyecli.errors import InputError, KeyeWarning, UsageError
 from keyecli.training.agreement import selection_agreement
-from keyecli.training.data import DataFile, open_data
-from keyecli.training.distributed import Processes, joined
+from keyecli.training.data import DataFile
+from keyecli.training.distributed import Processes
 from keyecli.training.estimate import TrainingEstimate
 from keyecli.training.network import Network
 from keyecli.training.on_policy import (
@@ -36,11 +36,7 @@ from keyecli.training.policy_loss import ALGORITHMS, Algorithm, advantages, has_
 from keyecli.training.policy_trainer import PolicyFigures, PolicyTrainer, ScoredGroup
 from keyecli.training.rewards import Composite, Scores
 from keyecli.training.rollouts import Group, Rollout
-from keyecli.training.run import (
-    deterministic,
-    refuse,
-    require_folder,
-)
+from keyecli.training.run import opened
 from keyecli.training.schedule import Schedule
 from keyecli.training.sight import Seen
 
@@ -160,17 +156,21 @@ def reinforce(
 ) -> Reinforced:
     """Train and write OUT; errors as `keyecli.training.finetune.finetune`, and those of rewards. on_first_pass: told of how many
     rows of how many the difficulty is known."""
-    refuse(files, settings)
-    with deterministic(settings.deterministic), joined(files.device, None) as (processes, device):
-        if on_start:
-            on_start(processes)
-        if processes.sharded:
-            raise UsageError("keye rl answers with whole models: use a configuration without FSDP")
-        rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
-        held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
-        require_folder(out, resume, overwrite, processes)
+    with opened(
+        files,
+        data,
+        out,
+        settings,
+        format=format,
+        dataset=dataset,
+        media_root=media_root,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+        on_start=on_start,
+    ) as begun:
         run = _Reinforcing(
-            replace(files, device=device), rows, held_out, out, settings, processes, frame_cache, score
+            begun.files, begun.rows, begun.held_out, out, settings, begun.processes, frame_cache, score
         )
         return run.write(run.run(resume, on_estimate, on_first_pass, on_step))
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,8 +26,8 @@ from keyecli.model.lora import LoraSettings, add_lora
 from keyecli.model.quantize import quantization_in
 from keyecli.training import checkpoints
 from keyecli.training.card import write_card
-from keyecli.training.data import DataFile
-from keyecli.training.distributed import Processes, shard, whole
+from keyecli.training.data import DataFile, open_data
+from keyecli.training.distributed import Processes, joined, shard, whole
 from keyecli.training.learner import Learner
 from keyecli.training.metrics import Metrics
 from keyecli.training.network import Main, Network, Trained, freeze, is_trained
@@ -66,6 +66,9 @@ class RunSettings:
     tensorboard: bool = False
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
+    COMMAND: ClassVar[str] = "keye finetune"
+    # Whether processes may hold a part of every layer each.
+    SHARDS: ClassVar[bool] = True
     RATES: ClassVar[Mapping[Main, float]] = LEARNING_RATES
     # May differ in a run that is resumed.
     INCIDENTAL: ClassVar[tuple[str, ...]] = (
@@ -91,6 +94,46 @@ class RunSettings:
             raise UsageError(f"--steps must be at least 1, not {self.steps}")
         if not 0 < self.rate < 1:
             raise UsageError(f"--lr must be above 0 and below 1, not {self.rate}")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run begins with: files on this process's device, rows to learn and to measure, and the processes."""
+
+    files: ModelFiles
+    rows: DataFile
+    held_out: DataFile | None
+    processes: Processes
+
+
+@contextmanager
+def opened(
+    files: ModelFiles,
+    data: Path,
+    out: Path,
+    settings: RunSettings,
+    *,
+    format: str | None,
+    dataset: str | None,
+    media_root: Path | None,
+    eval_data: Path | None,
+    resume: bool,
+    overwrite: bool,
+    on_start: Callable[[Processes], None] | None,
+) -> Iterator[Opened]:
+    """Join the other processes, open the data, claim the folder. UsageError, InputError, ModelError: what cannot be trained."""
+    refuse(files, settings)
+    with deterministic(settings.deterministic), joined(files.device, settings.shard) as (processes, device):
+        if on_start:
+            on_start(processes)
+        if processes.sharded and not settings.SHARDS:
+            raise UsageError(
+                f"{settings.COMMAND} answers with whole models: use a configuration without FSDP"
+            )
+        rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
+        held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
+        require_folder(out, resume, overwrite, processes)
+        yield Opened(replace(files, device=device), rows, held_out, processes)
 
 
 class Run:
