@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -155,16 +155,7 @@ def trainer_of(
     """What makes LoRA steps of these rows, with gradient checkpointing; with `moved_factors` no factor is zero, so that all have
     gradients."""
     processes = processes or Processes()
-    what = Trained("lora")
-    torch.manual_seed(0)
-    freeze(loaded.model, what)
-    add_lora(loaded.model, LoraSettings(rank=rank))
-    if moved_factors:
-        for name, parameter in lora_parameters(loaded.model).items():
-            if name.endswith("_B"):
-                nn.init.normal_(parameter, std=0.02)
-    network = Network(loaded.model, what)
-    network.checkpoint_activations()
+    network = adapted_network(loaded, rank, moved_factors=moved_factors)
     if processes.sharded:
         shard(network, processes, loaded.device)
     return Trainer(
@@ -175,6 +166,21 @@ def trainer_of(
         processes,
         capacity=rows.max_length,
     )
+
+
+def adapted_network(loaded: LoadedModel, rank: int, *, moved_factors: bool = False) -> Network:
+    """The model with an adapter that learns, with gradient checkpointing."""
+    what = Trained("lora")
+    torch.manual_seed(0)
+    freeze(loaded.model, what)
+    add_lora(loaded.model, LoraSettings(rank=rank))
+    if moved_factors:
+        for name, parameter in lora_parameters(loaded.model).items():
+            if name.endswith("_B"):
+                nn.init.normal_(parameter, std=0.02)
+    network = Network(loaded.model, what)
+    network.checkpoint_activations()
+    return network
 
 
 def measure_lengths(
@@ -239,15 +245,33 @@ def parts_of(model: KeyeVL2ForConditionalGeneration) -> dict[nn.Module, str]:
 def check_step(loaded: LoadedModel, tokens: int, *, rank: int = RANK) -> FinetuneCheck:
     """Loss and gradients of one sequence by the device's kernels, beside those of the definitions."""
     rows = RandomRows(loaded.config, [tokens], min(LEARNT_TOKENS, tokens // 2))
-    trainer = trainer_of(loaded, rows, rank=rank, moved_factors=True)
-    loss, gradients = _gradients(trainer, rows.examples[0], None)
-    expected, definitions = _gradients(trainer, rows.examples[0], "reference")
+    network = adapted_network(loaded, rank, moved_factors=True)
+    return gradient_check(loaded, network, lambda: example_loss(loaded, network, rows.examples[0]), tokens)
+
+
+def example_loss(loaded: LoadedModel, network: Network, example: Example) -> Tensor:
+    """Of one sequence of text."""
+    batch = moved(pack([example]), loaded.device)
+    nothing = torch.empty(0, loaded.config.hidden_size, dtype=torch_dtype(loaded.dtype), device=loaded.device)
+    return loss_of(network(batch, Sight(embeds=nothing)), batch.learnt_tokens, batch.tokens, 1)
+
+
+def gradient_check(
+    loaded: LoadedModel,
+    network: Network,
+    loss: Callable[[], Tensor],
+    tokens: int,
+    training: str = "fine-tuning",
+) -> FinetuneCheck:
+    """A loss through `network` and its gradients by the device's kernels, beside those of the definitions."""
+    found, gradients = gradients_of(loaded, network, loss, None)
+    expected, definitions = gradients_of(loaded, network, loss, "reference")
     errors: dict[str, float] = {}
     for name, gradient in gradients.items():
         adapter = ".".join(name.split(".")[-2:])
         errors[adapter] = max(errors.get(adapter, 0.0), _error(gradient, definitions[name]))
     layers = loaded.config.num_hidden_layers
-    return FinetuneCheck(tokens, layers, loss, abs(loss - expected) / abs(expected), errors)
+    return FinetuneCheck(tokens, layers, found, abs(found - expected) / abs(expected), errors, training)
 
 
 def _error(gradient: Tensor, expected: Tensor) -> float:
@@ -256,20 +280,18 @@ def _error(gradient: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _gradients(
-    trainer: Trainer, example: Example, backend: Backend | None
+def gradients_of(
+    loaded: LoadedModel, network: Network, loss: Callable[[], Tensor], backend: Backend | None
 ) -> tuple[float, dict[str, Tensor]]:
-    loaded = trainer.loaded
+    """A loss and the gradients of everything that learns, by the kernels of `backend`."""
     loaded.model.set_kernel_backend(backend)
-    batch = moved(pack([example]), loaded.device)
-    nothing = torch.empty(0, loaded.config.hidden_size, dtype=torch_dtype(loaded.dtype), device=loaded.device)
-    loss = loss_of(trainer.network(batch, Sight(embeds=nothing)), batch.learnt_tokens, batch.tokens, 1)
-    loss.backward()
+    found = loss()
+    found.backward()
     gradients = {}
-    for name, parameter in trainer.network.learning().items():
+    for name, parameter in network.learning().items():
         assert parameter.grad is not None
         gradients[name], parameter.grad = parameter.grad, None
-    return float(loss.detach()), gradients
+    return float(found.detach()), gradients
 
 
 def _layers(config: KeyeVL2Config, layers: int) -> KeyeVL2Config:

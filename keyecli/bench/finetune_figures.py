@@ -101,13 +101,14 @@ class FinetuneComparison:
 @dataclass(frozen=True)
 class FinetuneCheck:
     """How far the kernels' loss and gradients are from the definitions', as shares of those; gradients by adapter, the worst of
-    all layers."""
+    all layers. training: the kind whose loss it is."""
 
     tokens: int
     layers: int
     loss: float
     loss_error: float
     gradient_errors: dict[str, float]
+    training: str = "fine-tuning"
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data, schema keye.bench.finetune.check/1."""
@@ -117,8 +118,8 @@ class FinetuneCheck:
         """One row for a reader."""
         worst = max(self.gradient_errors, key=lambda name: self.gradient_errors[name])
         return (
-            f"fine-tuning, {self.layers} layers and {self.tokens} tokens against the definitions: loss {self.loss:.4f} off by "
-            f"{self.loss_error:.1e}, gradients by {self.gradient_errors[worst]:.1e} at most ({worst})"
+            f"{self.training}, {self.layers} layers and {self.tokens} tokens against the definitions: loss {self.loss:.4f} off "
+            f"by {self.loss_error:.1e}, gradients by {self.gradient_errors[worst]:.1e} at most ({worst})"
         )
 
     def require(self) -> None:

@@ -19,12 +19,14 @@ from keyecli.settings import Settings
 KERNELS = ("selection", "attention", "experts", "vision")
 LENGTHS = "4096,32768,131072,262144"
 FINETUNE_LENGTHS = "32768,131072"
+RL_LENGTHS = "32768"
 OWN_OPTIONS = {
     "kernels": ("--only", "--lengths"),
     "prefill": ("--lengths",),
     "decode": ("--lengths", "--quant", "--kv", "--adapter-rank"),
     "memory": ("--lengths", "--quant", "--kv"),
     "finetune": ("--lengths", "--quant"),
+    "rl": ("--lengths", "--quant"),
     "load": ("--gib", "--dir", "--quant"),
     "end-to-end": ("--hours",),
     "video": ("CLIP",),
@@ -59,7 +61,7 @@ def bench(
         typer.Option(
             "--lengths",
             metavar="N,M",
-            help=f"Numbers of tokens to measure at; {LENGTHS} if not given, for finetune {FINETUNE_LENGTHS}.",
+            help=f"Numbers of tokens to measure at; {LENGTHS} if not given, finetune: {FINETUNE_LENGTHS}, rl: {RL_LENGTHS}.",
         ),
     ] = None,
     hours: Annotated[
@@ -71,7 +73,7 @@ def bench(
         typer.Option(
             "--quant",
             metavar="HOW",
-            help="decode, memory, finetune: weights in int8, int4 or fp8; load: so as well as in bf16.",
+            help="decode, memory, finetune, rl: weights in int8, int4 or fp8; load: so as well as in bf16.",
         ),
     ] = None,
     kv: Annotated[
@@ -105,9 +107,9 @@ def bench(
     """Measure this machine in the shape of the 30B model with random weights; no download is needed.
 
     kernels: each kernel beside what PyTorch has for it. prefill, decode: the whole decoder. memory: the plan beside the
-    peak. finetune: steps of an adapter on one sequence, beside transformers with PEFT. load: a checkpoint from the disk.
-    end-to-end: a long clip from its file to the first token. video: reading frames. The last, and load into the host's
-    memory, need no GPU.
+    peak. finetune: steps of an adapter on one sequence, beside transformers with PEFT. rl: a step of 8 × 8 answers of 512
+    tokens, drawn, scored and learnt from. load: a checkpoint from the disk. end-to-end: a long clip from its file to the
+    first token. video: reading frames. The last, and load into the host's memory, need no GPU.
     Every result is checked before it is timed. A line gives the median time, what the operation reaches of the floor
     that arithmetic and memory set on one H200, and its time over the baseline's, both from the same run.
     """
@@ -133,7 +135,7 @@ def bench(
             )
             raise UsageError(f"{option} goes with {places}")
     rooms = _chosen(only)
-    sizes = _lengths(lengths or (FINETUNE_LENGTHS if what == "finetune" else LENGTHS))
+    sizes = _lengths(lengths or {"finetune": FINETUNE_LENGTHS, "rl": RL_LENGTHS}.get(what, LENGTHS))
 
     with leaving_at_once():
         import torch
@@ -172,8 +174,8 @@ def _rows(
         yield from import_module("keyecli.bench.end_to_end").measure(hours)
     elif what == "memory":
         yield from import_module("keyecli.bench.memory").measure(sizes, quant, kv)
-    elif what == "finetune":
-        yield from import_module("keyecli.bench.finetune").measure(sizes, quant)
+    elif what in ("finetune", "rl"):
+        yield from import_module(f"keyecli.bench.{what}").measure(sizes, quant)
     elif what == "decode":
         network = import_module("keyecli.bench.network")
         if adapter_rank is None:

@@ -63,3 +63,9 @@ def device_processors(device: torch.device) -> int:
 def precision_of(dtype: torch.dtype) -> str:
     """fp32 is multiplied exactly, never in the matrix units' shorter form; for 16-bit types the setting means nothing."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def same_sums(dtype: torch.dtype) -> dict[str, bool]:
+    """Arguments of a launch whose sums must not depend on how many rows it has: of a · b + c · d the compiler may fuse either
+    product with the addition, and chooses anew for each shape. Products of 16-bit numbers are exact, so that it is all one."""
+    return {} if dtype.itemsize == 2 else {"enable_fp_fusion": False}

@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.device import dependent_launch, device_capability, let_next_begin, wait_for_previous
+from keyecli.kernels.device import (
+    dependent_launch,
+    device_capability,
+    let_next_begin,
+    same_sums,
+    wait_for_previous,
+)
 from keyecli.kernels.low_rank import (
     factor_type,
     inner_products,
@@ -102,7 +108,7 @@ def linear(
         x, weight, out, outputs, inner, x.stride(0), weight.stride(0), out.stride(0), low, **outer_arguments(added),
         ROWS=rows, OUTPUTS=tile.outputs, K_PADDED=padded, EVEN=padded == inner and outputs % tile.outputs == 0,
         RANKS=1 if low is None else low.shape[2], SEGMENTS=len(added), num_warps=tile.warps,
-        **dependent_launch(x.device),
+        **dependent_launch(x.device), **same_sums(x.dtype),
     )  # fmt: skip
     return out
 

@@ -19,7 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from keyecli.kernels.compile import CompileCase
-from keyecli.kernels.device import dependent_launch, device_capability, let_next_begin, wait_for_previous
+from keyecli.kernels.device import (
+    dependent_launch,
+    device_capability,
+    let_next_begin,
+    same_sums,
+    wait_for_previous,
+)
 from keyecli.kernels.reference import Added, LowRank
 
 # Additions to one linear layer: q, k and v.
@@ -148,7 +154,7 @@ def inner_products(x: Tensor, added: Sequence[Added]) -> Tensor:
         *_filled([part.first.contiguous() for part in added], None), *_filled([len(part.first) for part in added], 0),
         *_filled([part.scale for part in added], 0.0), inner, x.stride(0),
         ROWS=rows, K_PADDED=triton.next_power_of_2(inner), RANKS=ranks, SEGMENTS=len(added),
-        num_warps=WARPS, **dependent_launch(x.device),
+        num_warps=WARPS, **dependent_launch(x.device), **same_sums(x.dtype),
     )  # fmt: skip
     return low
 
@@ -175,7 +181,7 @@ def add_low_rank(out: Tensor, x: Tensor, added: Sequence[Added]) -> Tensor:
     _add_kernel[(triton.cdiv(outputs, ADDED_OUTPUTS),)](
         out, low, **outer_arguments(added), N=outputs, out_row=out.stride(0),
         ROWS=rows, OUTPUTS=ADDED_OUTPUTS, RANKS=low.shape[2], SEGMENTS=len(added), num_warps=WARPS,
-        **dependent_launch(out.device),
+        **dependent_launch(out.device), **same_sums(x.dtype),
     )  # fmt: skip
     return out
 

@@ -546,9 +546,9 @@ def add_low_rank(out: Tensor, x: Tensor, added: Sequence[Added]) -> Tensor:
 
 def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Choices [T, k] → their places sorted by expert, int64 [T · k], and where each expert's end, int32 [E]."""
-    order = experts.flatten().argsort(stable=True)
-    counts = F.one_hot(experts.flatten(), num_experts).sum(0)
-    return order, counts.cumsum(0).to(torch.int32)
+    placed, order = experts.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts, dtype=placed.dtype, device=placed.device)
+    return order, torch.searchsorted(placed, numbers, right=True, out_int32=True)
 
 
 def adapted_rows(rows: Tensor, weight: Tensor, factors: LowRank | None, scale: float, ends: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from keyecli.bench import finetune, finetune_peft
-from keyecli.bench.finetune import RandomRows, check_step, measure_lengths, random_loaded, trainer_of
+from keyecli.bench.finetune import RandomRows, check_step, measure_lengths, random_loaded
 from keyecli.bench.finetune_figures import FinetuneCheck, FinetuneComparison, FinetuneMeasurement
 from keyecli.bench.parts import PartTimer
 from keyecli.engine.loaded import LoadedModel
 from keyecli.kernels import dispatch
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.keye import IGNORED_LABEL
+from keyecli.training.network import Network
 from tests.compare import assert_close
 from tests.tiny import tiny_config
 
@@ -60,10 +61,14 @@ def test_marks_change_neither_loss_nor_gradients() -> None:
     found = []
     for watched in (False, True):
         model = loaded()
-        trainer = trainer_of(model, example_rows, rank=RANK, moved_factors=True)
+        network = finetune.adapted_network(model, RANK, moved_factors=True)
         timer = PartTimer("cpu")
+
+        def loss(model: LoadedModel = model, network: Network = network) -> Tensor:
+            return finetune.example_loss(model, network, example_rows.examples[0])
+
         with timer.watching(finetune.parts_of(model.model) if watched else {}):
-            found.append(finetune._gradients(trainer, example_rows.examples[0], None))
+            found.append(finetune.gradients_of(model, network, loss, None))
         assert bool(timer.seconds()) is watched
     (loss, gradients), (same, others) = found
     assert loss == same

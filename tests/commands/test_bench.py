@@ -13,7 +13,7 @@ from tests.commands.conftest import Keye
 
 GPU = torch.cuda.is_available()
 UNKNOWN = (
-    "keye: keye bench measures kernels, prefill, decode, memory, finetune, load, end-to-end, video: "
+    "keye: keye bench measures kernels, prefill, decode, memory, finetune, rl, load, end-to-end, video: "
     "name one, as in `keye bench kernels`"
 )
 
@@ -42,12 +42,12 @@ UNKNOWN = (
         (
             ["video", "--lengths", "4"],
             "keye: --lengths goes with `keye bench kernels` and `keye bench prefill` and `keye bench decode` "
-            "and `keye bench memory` and `keye bench finetune`",
+            "and `keye bench memory` and `keye bench finetune` and `keye bench rl`",
         ),
         (
             ["prefill", "--quant", "int4"],
             "keye: --quant goes with `keye bench decode` and `keye bench memory` and `keye bench finetune` "
-            "and `keye bench load`",
+            "and `keye bench rl` and `keye bench load`",
         ),
         (["memory", "--hours", "2"], "keye: --hours goes with `keye bench end-to-end`"),
         (["memory", "--gib", "8"], "keye: --gib goes with `keye bench load`"),
