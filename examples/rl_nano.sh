@@ -14,13 +14,13 @@ python=${PYTHON:-python}
 keye="$python -m keyecli"
 began=$(date +%s)
 
-$python "$here/make_data.py" "$out/train" --count 400 --seed 1
+$python "$here/make_data.py" "$out/train" --count 200 --seed 1
 $python "$here/make_data.py" "$out/held_out" --count 60 --seed 2
 
 few="--max-length 2048 --no-checkpointing --seed 0 --no-progress"
 $keye rl --data "$out/train/data.jsonl" --eval-data "$out/held_out/data.jsonl" --eval-steps 20 --reward iou \
-    --lr 1e-3 --decay --steps 60 --prompts 16 --max-tokens 48 $few -o "$out/grounding"
-$keye finetune --data "$out/train/data.jsonl" --lr 1e-3 --epochs 3 --batch-tokens 2048 $few -o "$out/supervised"
+    --lr 1e-3 --decay --steps 60 --max-tokens 48 $few -o "$out/grounding"
+$keye finetune --data "$out/train/data.jsonl" --lr 1e-3 --epochs 5 --batch-tokens 2048 $few -o "$out/supervised"
 
 $python "$here/evaluate.py" --data ground="$out/held_out/data.jsonl" --old --json "$out/figures.json" \
     --adapter grounding="$out/grounding" --adapter supervised="$out/supervised"

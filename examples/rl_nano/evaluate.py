@@ -9,34 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from answering import NANO, answers, named
+
 import keyecli
-from keyecli.training.attempts import Attempt
 from keyecli.training.rewards import compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 from evaluate import old_table
 
-NANO = "nano"
-
 
 def score_of(keye: keyecli.Keye, data: Path) -> float:
     """The mean reward, by each row's task."""
-    attempts = []
-    for line in data.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        video = row["messages"][0]["content"][0]
-        answer = keye.ask(data.parent / video["video"], row["question"], fps=video["fps"])
-        attempts.append(Attempt(answer.text, row, duration_s=row["duration_s"]))
-    scores = [one.total for one in compose(["auto"])(attempts)]
+    scores = [one.total for one in compose(["auto"])(answers(keye, data))]
     return fmean(score for score in scores if score is not None)
-
-
-def named(pairs: Sequence[str]) -> dict[str, Path]:
-    return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
 
 
 def main() -> None:

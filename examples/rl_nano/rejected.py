@@ -1,41 +1,46 @@
-"""How many right answers had the wrong reasons, at the beginning of a run with the context reward and at its end:
-`python examples/rl_nano/rejected.py RUN/rollouts.jsonl`.
+"""How many right answers have the wrong reasons, before and after training with the context reward:
+`python examples/rl_nano/rejected.py --data DATA.jsonl --judge URL --adapter counting=FOLDER`.
 
-A right answer whose reasoning the judge rejects is worth a tenth. Ends with 1 when their share did not fall.
+Of nano's likeliest answers to held-out rows and of each adapter's. A right answer whose reasoning the judge rejects is worth a
+tenth. Ends with 1 when an adapter's share is not below nano's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from answering import NANO, answers, named
+
+import keyecli
+from keyecli.training.judge_client import Judge, JudgeSettings
+from keyecli.training.rewards import compose
+
+REWARD = "context:outcome=count,format=false"
 
 
-def rejected_share(groups: Sequence[dict[str, Any]]) -> tuple[float, int]:
+def rejected_share(scores: Sequence[float | None]) -> tuple[float, int]:
     """The share of right answers that were rejected, and how many were right."""
-    scores = [one["score"] for group in groups for one in group["rollouts"] if one["score"]]
-    return (sum(score < 0.5 for score in scores) / len(scores) if scores else 0.0), len(scores)
+    right = [score for score in scores if score]
+    return (sum(score < 0.5 for score in right) / len(right) if right else 0.0), len(right)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rollouts", type=Path)
-    parser.add_argument("--steps", type=int, default=20, help="at each end of the run")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--judge", required=True, metavar="URL")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
     wanted = parser.parse_args()
-    groups = [json.loads(line) for line in wanted.rollouts.read_text(encoding="utf-8").splitlines()]
-    last = max(group["step"] for group in groups)
-    ends = (
-        [group for group in groups if group["step"] <= wanted.steps],
-        [group for group in groups if group["step"] > last - wanted.steps],
-    )
-    shares = [rejected_share(end) for end in ends]
-    for name, (share, right) in zip(("first", "last"), shares, strict=True):
-        print(f"{name} {wanted.steps} steps: {share:.3f} of {right} right answers had the wrong reasons")
-    raise SystemExit(0 if shares[1][0] < shares[0][0] else 1)
+    score = compose([REWARD], Judge(JudgeSettings(wanted.judge, "forged")))
+    shares = {}
+    for name, folder in {NANO: None, **named(wanted.adapter)}.items():
+        keye = keyecli.load(None, dtype="fp32", cache=False, adapter=folder)
+        shares[name], right = rejected_share([one.total for one in score(answers(keye, wanted.data))])
+        print(f"{name}: {shares[name]:.3f} of {right} right answers have the wrong reasons")
+    raise SystemExit(0 if all(share < shares[NANO] for name, share in shares.items() if name != NANO) else 1)
 
 
 if __name__ == "__main__":

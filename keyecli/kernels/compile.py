@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,26 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Compile the cases of the named modules for the given capabilities, all for all by default; 1 if any failed."""
+    """Compile the cases of the named modules for the given capabilities, all for all by default; 1 if any failed. `--first`: of
+    cases that differ in sizes and types alone only the first."""
     capabilities = [int(text) for text in arguments if text.isdigit()] or list(SHARED_LIMIT_BYTES)
-    modules = [text for text in arguments if not text.isdigit()] or MODULES
+    modules = [text for text in arguments if not text.isdigit() and text != "--first"] or MODULES
     failed = 0
     for capability in capabilities:
         for module in modules:
-            for case in importlib.import_module(f"keyecli.kernels.{module}").compile_cases(capability):
+            cases = importlib.import_module(f"keyecli.kernels.{module}").compile_cases(capability)
+            for case in first_of_each(cases) if "--first" in arguments else cases:
                 failed += not report_case(case, capability)
     return 1 if failed else 0
+
+
+def first_of_each(cases: Sequence[CompileCase]) -> list[CompileCase]:
+    """The first case of every kernel, with every choice of arguments that are left out."""
+    found: dict[Any, CompileCase] = {}
+    for case in cases:
+        left_out = frozenset(name for name, value in case.constants.items() if value is None)
+        found.setdefault((case.kernel, left_out), case)
+    return list(found.values())
 
 
 def report_case(case: CompileCase, capability: int) -> bool:

@@ -45,6 +45,8 @@ def read_page() -> list[OneLiner]:
 
 
 LINES = read_page()
+# They share a folder, whose making takes its time.
+pytestmark = pytest.mark.xdist_group("pipelines")
 NOTICE = "keye: keye-nano answers, which knows nothing but synthetic FrameForge clips"
 
 

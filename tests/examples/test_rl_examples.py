@@ -38,20 +38,11 @@ def test_aims(figures: Path) -> None:
     ]
 
 
-def test_the_share_of_right_answers_with_the_wrong_reasons(tmp_path: Path) -> None:
-    path = tmp_path / "rollouts.jsonl"
-    scores = {1: [0.1, 1.0, 0.0], 2: [0.1, 0.1], 3: [1.0, 1.0, None], 4: [0.1, 1.0]}
-    lines = [
-        json.dumps({"step": step, "rollouts": [{"score": score} for score in of_step]})
-        for step, of_step in scores.items()
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    code, out = run("rl_nano/rejected.py", path, "--steps", "2")
-    assert code == 0
-    assert out.splitlines() == [
-        "first 2 steps: 0.750 of 4 right answers had the wrong reasons",
-        "last 2 steps: 0.250 of 4 right answers had the wrong reasons",
-    ]
+def test_the_share_of_right_answers_with_the_wrong_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "rl_nano")
+    share = load_script(EXAMPLES / "rl_nano" / "rejected.py").rejected_share
+    assert share([0.1, 1.0, 0.0, None, 0.1, 1.0]) == (0.5, 4)
+    assert share([0.0, None]) == (0.0, 0)
 
 
 @pytest.fixture(scope="module")
