@@ -31,6 +31,7 @@ from keyecli.commands.training import (
     SaveMinutes,
     SaveSteps,
     Seed,
+    Shard,
     Strict,
     Targets,
     TensorBoard,
@@ -145,6 +146,7 @@ def distill(
     eval_steps: EvalSteps = 0,
     tensorboard: TensorBoard = False,
     config: Config = None,
+    shard: Shard = None,
     *,
     settings: Settings,
 ) -> None:
@@ -190,6 +192,7 @@ def distill(
         optimizer=optimizer,
         checkpointing=checkpointing,
         deterministic=deterministic,
+        shard=shard,
         strict=strict,
         tensorboard=tensorboard,
         sampling=ask_settings(files.preprocessor, **sampling_options).sampling,

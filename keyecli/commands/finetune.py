@@ -31,6 +31,7 @@ from keyecli.commands.training import (
     SaveMinutes,
     SaveSteps,
     Seed,
+    Shard,
     Strict,
     Targets,
     TensorBoard,
@@ -114,14 +115,7 @@ def finetune(
     eval_steps: EvalSteps = 0,
     tensorboard: TensorBoard = False,
     config: Config = None,
-    shard: Annotated[
-        bool | None,
-        training_option(
-            "Several GPUs",
-            "--shard/--no-shard",
-            help="Each process holds a part of every layer (FSDP2). Default: as accelerate says, else whole models.",
-        ),
-    ] = None,
+    shard: Shard = None,
     *,
     settings: Settings,
 ) -> None:

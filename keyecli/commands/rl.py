@@ -31,6 +31,7 @@ from keyecli.commands.training import (
     SaveMinutes,
     SaveSteps,
     Seed,
+    Shard,
     Strict,
     Targets,
     TensorBoard,
@@ -122,6 +123,14 @@ def rl(
     rollouts: Annotated[
         int, training_option("Run", "--rollouts", metavar="N", help="Tries of each prompt.")
     ] = 8,
+    bucket_scaling: Annotated[
+        bool,
+        training_option(
+            "Run",
+            "--bucket-scaling",
+            help="Make advantages comparable between easy and hard prompts, and short and long tries.",
+        ),
+    ] = False,
     minibatches: Annotated[
         int | None,
         training_option(
@@ -188,6 +197,7 @@ def rl(
     ] = 10,
     tensorboard: TensorBoard = False,
     config: Config = None,
+    shard: Shard = None,
     *,
     settings: Settings,
 ) -> None:
@@ -227,6 +237,7 @@ def rl(
         optimizer=optimizer,
         checkpointing=checkpointing,
         deterministic=deterministic,
+        shard=shard,
         strict=strict,
         tensorboard=tensorboard,
         sampling=ask_settings(files.preprocessor, **sampling_options).sampling,
@@ -242,6 +253,7 @@ def rl(
         think=think,
         watch_steps=watch_steps,
         difficulty=kept,
+        bucket_scaling=bucket_scaling,
         rewards=tuple(reward),
     )
     with console.progress() as on_progress:

@@ -127,6 +127,14 @@ EvalSteps = Annotated[
 TensorBoard = Annotated[
     bool, training_option("Output", "--tensorboard", help="Write events for TensorBoard too.")
 ]
+Shard = Annotated[
+    bool | None,
+    training_option(
+        "Several GPUs",
+        "--shard/--no-shard",
+        help="Each process holds a part of every layer (FSDP2). Default: as accelerate says, else whole models.",
+    ),
+]
 Config = Annotated[
     Path | None,
     training_option(

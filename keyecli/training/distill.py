@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +28,10 @@ from keyecli.training.distill_loss import (
     repetition_penalty,
     token_weights,
 )
-from keyecli.training.distributed import Processes, add_gradients
+from keyecli.training.distributed import Processes, add_gradients, last_backward, whole_layers
 from keyecli.training.estimate import TrainingEstimate
 from keyecli.training.learner import Learner
-from keyecli.training.network import Main, Network, moved
+from keyecli.training.network import Main, Network, balance_loss, moved
 from keyecli.training.on_policy import (
     EvalFigures,
     Finished,
@@ -174,6 +174,16 @@ class TaughtGroup:
     teacher: Teacher
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Some answers of a group that go through the student together, as a pack on its device, and what their teacher says."""
+
+    taught: TaughtGroup
+    chosen: Sequence[Rollout]
+    pack: Pack
+    teacher: Side
+
+
 class DistillTrainer(Learner):
     """A student that moves towards the teachers of what it wrote; `step` makes one update for each minibatch."""
 
@@ -195,8 +205,16 @@ class DistillTrainer(Learner):
             own = sum(len(one.token_ids) for taught in batch for one in taught.group.rollouts)
             total = self.processes.sum(torch.tensor(float(own), device=self.device)).clamp(min=1)
             with self.timed("train_s"):
-                for taught in batch:
-                    told += self._learn(taught, total)
+                with whole_layers(self.network, self.processes):
+                    judged = [one for taught in batch for one in self._judged(taught)]
+                rounds = self.rounds(len(judged))
+                passed = int(self.processes.sum(torch.tensor(float(len(judged)), device=self.device)))
+                for place in range(rounds):
+                    with last_backward(self.network, self.processes, place == rounds - 1):
+                        if place < len(judged):
+                            told.append(self._learn(judged[place], total, passed))
+                        else:
+                            self.learn_nothing()
                 self.refuse_not_finite(
                     sorted({one["source"] for one in told if not math.isfinite(one["loss"])})
                 )
@@ -206,26 +224,28 @@ class DistillTrainer(Learner):
         self._tell(figures, [one for part in gathered for one in part])
         return figures
 
-    def _learn(self, taught: TaughtGroup, total: Tensor) -> list[dict[str, Any]]:
-        """Gradients of a group; gives the sums of its figures."""
+    def _judged(self, taught: TaughtGroup) -> Iterator[Judged]:
+        """The passes of a group, each with what the teacher says of its answers."""
         rollouts = taught.group.rollouts
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         source = taught.group.prompt.row.source
         view, view_seen = taught.teacher.view(taught.group.prompt, taught.prompt, taught.seen)
-        told = []
         for places in passes(len(taught.prompt.input_ids), lengths, self.settings.max_length):
             chosen = [rollouts[place] for place in places]
             batch = moved(group_pack(taught.prompt, source, chosen), self.device)
             theirs = moved(group_pack(view, source, chosen), taught.teacher.loaded.device)
             check_same(aligned(batch, taught.seen, taught.prompt), aligned(theirs, view_seen, view))
-            teacher = taught.teacher.side(theirs, view_seen.sight)
-            student = Side(self.network.states(batch, taught.seen.sight), self.loaded.model.logits)
-            losses, found = distill_losses(
-                student, teacher, self._sampled(taught, chosen), self.settings.estimator
-            )
-            (losses.sum() / total).backward()
-            told.append(self._sums(taught, losses.detach(), found, chosen))
-        return told
+            yield Judged(taught, chosen, batch, taught.teacher.side(theirs, view_seen.sight))
+
+    def _learn(self, judged: Judged, total: Tensor, passes: int) -> dict[str, Any]:
+        """Gradients of a pass; gives the sums of its figures."""
+        taught, chosen = judged.taught, judged.chosen
+        student = Side(self.network.states(judged.pack, taught.seen.sight), self.loaded.model.logits)
+        losses, found = distill_losses(
+            student, judged.teacher, self._sampled(taught, chosen), self.settings.estimator
+        )
+        (losses.sum() / total + balance_loss(self.network.balance(), passes)).backward()
+        return self._sums(taught, losses.detach(), found, chosen)
 
     def _sampled(self, taught: TaughtGroup, chosen: Sequence[Rollout]) -> Sampled:
         ids = [torch.tensor(rollout.token_ids) for rollout in chosen]
@@ -316,8 +336,9 @@ class _Distilling(OnPolicyRun):
     def one_step(self, step: int, total: int) -> DistillFigures:
         """Draw, ask the teachers, learn."""
         begin_s = time.perf_counter()
-        self.loaded.model.eval()
-        groups = [taught for group in self.taken(self.own_prompts()) if (taught := self._taught(group, step))]
+        with self.answering():
+            asked = self.taken(self.own_prompts())
+            groups = [taught for group in asked if (taught := self._taught(group, step))]
         drawn_s = time.perf_counter()
         figures = self.trainer.step(groups, step / total)
         figures.train_s, figures.generate_s = time.perf_counter() - drawn_s, drawn_s - begin_s

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from keyecli.errors import UsageError
@@ -89,12 +89,47 @@ def joined(device: str, shard: bool | None) -> Iterator[tuple[Processes, str]]:
 
 def shard(network: Network, processes: Processes, device: str) -> None:
     """Give each process a part of every decoder layer, of the embeddings and of the output head (FSDP2); a layer is whole only
-    while it computes. Tower and projector stay whole in each, since their passes differ in number from process to process."""
+    while it computes, the head as long as the network does, since it computes as often as there are chunks of learnt tokens.
+    Tower and projector stay whole in each, since their passes differ in number from process to process."""
     mesh = init_device_mesh(torch.device(device).type, (processes.count,))
     model = network.model
-    for module in (*model.model.layers, model.model.embed_tokens, model.lm_head):
+    for module in (*model.model.layers, model.model.embed_tokens):
         fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh, ignored_params={*model.visual.parameters(), *model.mlp_AR.parameters()})
+    for method in ("states", "empty_pass"):
+        register_fsdp_forward_method(network, method)
+
+
+@contextmanager
+def whole_layers(network: Network, processes: Processes) -> Iterator[None]:
+    """Every layer is whole in every process, which may call the model, or parts of it, as often as it likes, without gradients.
+
+    All processes enter together. Weights that the learner changes inside are not seen before the next time.
+    """
+    if not processes.sharded:
+        yield
+        return
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        # What a pass without gradients left whole may be older than the last update.
+        part.reshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    # FSDP takes what first computes for the whole of the network, and the engine calls layers by themselves.
+    network.empty_pass()
+    for part in parts:
+        part.unshard()
+    gathered = [(parameter, parameter.data) for parameter in network.parameters()]
+    try:
+        yield
+    finally:
+        # Kernels join matrices, whose parameters then are views of a copy that is never gathered into.
+        for parameter, data in gathered:
+            parameter.data = data
+        # A backward pass gathers ahead what computed before, which has to be the same in every process.
+        network.empty_pass()
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not network, recurse=False)
 
 
 @contextmanager
@@ -138,6 +173,11 @@ def _reduce(gradients: list[Tensor]) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, of a shard the whole of it; every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """A tensor, of a shard what this process holds of it, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(saved: Tensor, like: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class TrainingCase:
     checkpointing: bool
     patches_per_row: int | None
     accumulates: bool
+    answers: bool
     parameters: tuple[ParameterGroup, ...]
 
     @property
@@ -136,7 +137,7 @@ class TrainingEstimate:
 
     weights, masters (fp32 copies of what learns in a lower precision), gradients and optimizer (moments) stay; beside them either
     activations (what is kept of a pack for its backward pass) with the larger of a layer's recomputation, a chunk of the loss and
-    the encoding of frames, or what the update copies.
+    the encoding of frames, or what the update copies, or what answering gathers of a model in shards.
     """
 
     weights_bytes: int
@@ -148,6 +149,7 @@ class TrainingEstimate:
     loss_bytes: int
     vision_bytes: int
     update_bytes: int
+    answering_bytes: int
     trained_parameters: int
     case: TrainingCase
 
@@ -159,7 +161,7 @@ class TrainingEstimate:
     def pass_bytes(self) -> int:
         """What comes and goes within a step."""
         passing = self.activations_bytes + max(self.layer_bytes, self.loss_bytes, self.vision_bytes)
-        return max(passing, self.update_bytes)
+        return max(passing, self.update_bytes, self.answering_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -185,6 +187,7 @@ class TrainingEstimate:
             "loss_bytes": self.loss_bytes,
             "vision_bytes": self.vision_bytes,
             "update_bytes": self.update_bytes,
+            "answering_bytes": self.answering_bytes,
             "total_bytes": self.total_bytes,
         }
 
@@ -243,18 +246,20 @@ def estimate_training(
     checkpointing: bool = True,
     patches_per_row: int | None = None,
     accumulates: bool = False,
+    answers: bool = False,
 ) -> TrainingEstimate:
     """What one device holds while it trains, with `config` saying whether the base is quantised.
 
     train: as `--train` lists it; dtype: fp32, bf16 or fp16; world: devices, each with a whole model or, `sharded`, a part of its
     decoder; patches_per_row: of a row's frames together, None: as many as a pack can hold; accumulates: a device computes
-    several packs a step, for which FSDP keeps whole gradients. UsageError for what cannot be trained.
+    several packs a step, for which FSDP keeps whole gradients; answers: between updates the model answers, for which its shards
+    become whole. UsageError for what cannot be trained.
     """
     if optimizer not in OPTIMIZER_BYTES:
         raise UsageError(f"--optimizer {optimizer} is not known; use {', '.join(OPTIMIZER_BYTES)}")
     case = TrainingCase(
         config, trained(",".join(train)), dtype, lora_rank, tuple(lora_targets), pack_tokens, device, world, sharded,
-        optimizer, checkpointing, patches_per_row, accumulates, tuple(parameter_groups(config)),
+        optimizer, checkpointing, patches_per_row, accumulates, answers, tuple(parameter_groups(config)),
     )  # fmt: skip
     return _estimated(case)
 
@@ -312,6 +317,7 @@ def _estimated(case: TrainingCase) -> TrainingEstimate:
         loss_bytes=_loss_bytes(case),
         vision_bytes=_vision_bytes(case),
         update_bytes=_update_bytes(case, base),
+        answering_bytes=_answering_bytes(case) if case.sharded and case.answers else 0,
         trained_parameters=seeing + rest + adapter,
         case=case,
     )
@@ -319,10 +325,22 @@ def _estimated(case: TrainingCase) -> TrainingEstimate:
 
 def _weights(case: TrainingCase) -> int:
     """Of the base. What is quantised is in buffers, which FSDP leaves whole."""
-    one, two = weights_bytes(case.config, 1), weights_bytes(case.config, 2)
-    dense = two - one
     seeing = sum(group.count for group in case.parameters if group.sees)
-    return (one - dense) + (seeing + (dense - seeing) // case.parts) * case.width
+    divided = _divided_parameters(case)
+    codes = weights_bytes(case.config, 1) - divided - seeing
+    return codes + (seeing + divided // case.parts) * case.width
+
+
+def _divided_parameters(case: TrainingCase) -> int:
+    """Of the base, what shards are parts of: all that is neither quantised nor of the tower and the projector."""
+    seeing = sum(group.count for group in case.parameters if group.sees)
+    return weights_bytes(case.config, 2) - weights_bytes(case.config, 1) - seeing
+
+
+def _answering_bytes(case: TrainingCase) -> int:
+    """Of a model in shards that answers: all of them gathered beside this process's own, and a pass without gradients."""
+    gathered = _divided_parameters(case) * case.width + case.adapter_parameters * ADAPTER_BYTES
+    return gathered + max(_layer_bytes(case), _loss_bytes(case), _vision_bytes(case))
 
 
 def _layer_parameters(case: TrainingCase) -> int:
@@ -331,7 +349,7 @@ def _layer_parameters(case: TrainingCase) -> int:
 
 
 def _gathered_bytes(case: TrainingCase) -> int:
-    """Of a model in shards: the layers that are whole, their gradients where they learn, and the words' matrix."""
+    """Of a model in shards: the layers and the output head that are whole, and their gradients where they learn."""
     config, layers = case.config, case.config.num_hidden_layers
     parameters = _layer_parameters(case)
     if case.quantised:
@@ -340,8 +358,8 @@ def _gathered_bytes(case: TrainingCase) -> int:
         parameters = max(0, parameters - (sum(g.count for g in case.parameters) - (two - one)) // layers)
     adapter = case.adapter_parameters // layers * ADAPTER_BYTES
     learns = 2 if case.what.main in ("full", "sparse") else 1
-    words = config.vocab_size * config.hidden_size * case.width
-    return WHOLE_LAYERS * learns * parameters * case.width + 2 * WHOLE_LAYERS * adapter + words
+    words = config.vocab_size * config.hidden_size
+    return learns * (WHOLE_LAYERS * parameters + words) * case.width + 2 * WHOLE_LAYERS * adapter
 
 
 def _kept_bytes(case: TrainingCase) -> int:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from keyecli.engine.loaded import LoadedModel
 from keyecli.errors import KeyeError
+from keyecli.model.keye import IGNORED_LABEL
 from keyecli.training.distributed import Processes, placed_like
-from keyecli.training.network import Network
+from keyecli.training.examples import Example
+from keyecli.training.network import Network, Sight, loss_of, moved
 from keyecli.training.optimizer import MasterAdamW
+from keyecli.training.packing import Pack, pack
 from keyecli.training.schedule import Schedule
 
 
@@ -88,6 +91,27 @@ class Learner:
             f"the loss is not a number in {', '.join(named[:8])}{' …' if len(named) > 8 else ''}: {what}"
             "look at these rows, or lower --lr"
         )
+
+    # With shards every process has to make as many passes with gradients.
+
+    def rounds(self, passes: int) -> int:
+        """How many there are in this step, of which `passes` are this process's own."""
+        if not self.processes.sharded:
+            return passes
+        most: list[int] = self.processes.gathered(passes)  # type: ignore[assignment]
+        return max(most)
+
+    def learn_nothing(self) -> None:
+        """A pass in which nothing is learnt, for the sake of a process that has one more."""
+        sums = self.network(moved(self._nothing(), self.device), Sight())
+        (loss_of(sums, 1, 1, 1) * 0).backward()
+
+    def _nothing(self) -> Pack:
+        """A pack of two tokens, any that stand for no visual, of which none is learnt."""
+        config = self.loaded.config
+        word = min({0, 1, 2} - {config.image_token_id, config.video_token_id})
+        ids = torch.full((2,), word).numpy()
+        return pack([Example("", ids, torch.arange(2).expand(3, 2).numpy(), ids * 0 + IGNORED_LABEL, 0)])
 
     def training(self) -> None:
         """Frozen parts are in evaluation, as they are when answering."""

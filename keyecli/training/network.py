@@ -152,7 +152,7 @@ class Network(nn.Module):
             entropies(model.logits, states, wanted),
             batch.rows.flatten()[learnt],
             None if divergence is None else divergence.sum(),
-            self._balance(),
+            self.balance(),
             batch.tokens,
             _likeliest(model.logits, states, wanted) if measuring else None,
         )
@@ -162,6 +162,9 @@ class Network(nn.Module):
         hidden, _ = self._decoded(batch, sight, teach=False, dense=False)
         learnt = (batch.targets.flatten() != IGNORED_LABEL).nonzero()[:, 0]
         return hidden.flatten(0, 1)[learnt]
+
+    def empty_pass(self) -> None:
+        """A pass of nothing, which counts as one of the whole network where that is sharded."""
 
     def _decoded(self, batch: Pack, sight: Sight, teach: bool, dense: bool) -> tuple[Tensor, Tensor | None]:
         """Hidden states [1, T, D], and the indexer's divergence if it is taught."""
@@ -181,7 +184,8 @@ class Network(nn.Module):
         """Rows of the fullest expert of the last pass over those of an even load, 1 when all have as many; 0 without experts."""
         return float(torch.stack(list(self.loads.values())).max()) if self.loads else 0.0
 
-    def _balance(self) -> Tensor | None:
+    def balance(self) -> Tensor | None:
+        """Of the last pass, over all layers, where routers learn."""
         if "router" not in self.what.extras or not self._router_logits:
             return None
         chosen = self.model.config.num_experts_per_tok
@@ -239,9 +243,12 @@ def loss_of(sums: Sums, supervised: float, tokens: float, packs: int) -> Tensor:
     total = sums.entropies.sum() / max(1.0, supervised)
     if sums.divergence is not None:
         total = total + INDEXER_WEIGHT * sums.divergence / max(1.0, tokens)
-    if sums.balance is not None:
-        total = total + BALANCE_WEIGHT * sums.balance / max(1, packs)
-    return total
+    return total + balance_loss(sums.balance, packs)
+
+
+def balance_loss(balance: Tensor | None, packs: int) -> Tensor | float:
+    """A pack's share of what routers lose by uneven loads, which counts for little (C); 0 where they do not learn."""
+    return 0.0 if balance is None else BALANCE_WEIGHT * balance / max(1, packs)
 
 
 def row_losses(sums: Sums, rows: int) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ from keyecli.export.files import write_texts
 from keyecli.model.companions import load_tokenizer
 from keyecli.training.attempts import Attempt
 from keyecli.training.data import DataFile
-from keyecli.training.distributed import Processes
+from keyecli.training.distributed import Processes, whole_layers
 from keyecli.training.estimate import TrainingEstimate, estimate_training
 from keyecli.training.learner import Learner
 from keyecli.training.metrics import Metrics
@@ -66,7 +66,6 @@ class OnPolicySettings(RunSettings):
     rewards: tuple[str, ...] = ()
 
     COMMAND: ClassVar[str] = "keye rl"
-    SHARDS: ClassVar[bool] = False
     RATES: ClassVar[Mapping[Main, float]] = POLICY_RATES
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         "prompts",
@@ -137,6 +136,7 @@ class OnPolicyRun(Run):
     """Prompts, the policy that answers them, and rows that were left out."""
 
     settings: OnPolicySettings
+    network: Network
     policy: Policy
     order: PromptOrder
 
@@ -161,10 +161,17 @@ class OnPolicyRun(Run):
         )  # fmt: skip
 
     def load(self) -> Network:
-        """As for any run; the weights can answer from then on."""
-        network = super().load()
+        """As for any run; the weights can answer from then on, see `answering`."""
+        self.network = super().load()
         self.policy = Policy(self.loaded, self.settings.answer_tokens)
-        return network
+        return self.network
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """The model answers as it is now: processes enter together, and each may answer as much as it likes."""
+        self.loaded.model.eval()
+        with whole_layers(self.network, self.processes):
+            yield
 
     def learn_from(self, chosen: Sequence[int]) -> None:
         """The rows whose prompts are asked."""
@@ -282,9 +289,11 @@ class OnPolicyRun(Run):
             pack_tokens=min(settings.max_length, whole) if longest else settings.max_length,
             device=files.device,
             world=self.processes.count,
+            sharded=self.processes.sharded,
             optimizer=settings.optimizer,
             checkpointing=settings.checkpointing,
             accumulates=True,
+            answers=True,
         )
 
     def deliver(self, learner: Learner, end: Finished, results: Mapping[str, Any], method: str) -> None:
@@ -353,20 +362,8 @@ class OnPolicyRun(Run):
         """The likeliest answers, scored; and a few of them."""
         if not prompts:
             return None, []
-        self.loaded.model.eval()
-        own = []
-        for prompt in prompts[self.processes.rank :: self.processes.count]:
-            rollout = Rollout(0)
-            self.policy.roll_out(prompt, self.see(prompt), [rollout], 0, temperature=0.0)
-            attempt = self.attempt(prompt, rollout)
-            (scores,) = self.score([attempt])
-            sample = {
-                "source": prompt.row.source,
-                "question": prompt.question,
-                "expected": truth_of(prompt.columns),
-                "answer": attempt.answer or "",
-            }
-            own.append((prompt.family, scores.total, len(rollout.token_ids), sample))
+        with self.answering():
+            own = [self._evaluated(prompt) for prompt in prompts[self.processes.rank :: self.processes.count]]
         gathered: list[list[Any]] = self.processes.gathered(own)  # type: ignore[assignment]
         every = [one for part in gathered for one in part]
         known = [one for one in every if one[1] is not None]
@@ -377,6 +374,20 @@ class OnPolicyRun(Run):
             length=mean([one[2] for one in every]),
         )
         return figures, [one[3] for one in every[:SAMPLES]]
+
+    def _evaluated(self, prompt: PlannedPrompt) -> tuple[str, float | None, int, dict[str, str]]:
+        """The likeliest answer to a prompt: its task, score, tokens, and how it is shown."""
+        rollout = Rollout(0)
+        self.policy.roll_out(prompt, self.see(prompt), [rollout], 0, temperature=0.0)
+        attempt = self.attempt(prompt, rollout)
+        (scores,) = self.score([attempt])
+        sample = {
+            "source": prompt.row.source,
+            "question": prompt.question,
+            "expected": truth_of(prompt.columns),
+            "answer": attempt.answer or "",
+        }
+        return prompt.family, scores.total, len(rollout.token_ids), sample
 
     # What is told.
 

@@ -12,9 +12,15 @@ from torch import Tensor
 
 from keyecli.engine.loaded import LoadedModel
 from keyecli.model.prompt import Prompt
-from keyecli.training.distributed import Processes, add_gradients, last_backward
+from keyecli.training.distributed import (
+    Processes,
+    add_gradients,
+    last_backward,
+    own_part,
+    whole_layers,
+)
 from keyecli.training.learner import Learner
-from keyecli.training.network import Network, moved
+from keyecli.training.network import Network, Sums, balance_loss, moved
 from keyecli.training.packing import Pack
 from keyecli.training.policy_loss import Algorithm, divergence_estimate, objective
 from keyecli.training.rollouts import Group, group_pack, passes
@@ -80,7 +86,7 @@ class PolicyTrainer(Learner):
         super().__init__(loaded, network, schedule, processes, optimizer)
         self.algorithm, self.clipping = algorithm, clipping
         self.max_length, self.minibatches = max_length, minibatches
-        self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        self._start = [part.to("cpu", copy=True) for part in self._parts()]
 
     def step(self, groups: Sequence[ScoredGroup], share: float, *, watch: bool = False) -> PolicyFigures:
         """Learn from this process's groups, at `share` of the run; watch: also measure the divergence from the start.
@@ -93,9 +99,11 @@ class PolicyTrainer(Learner):
         self.training()
         batches = [self._passes(groups[number :: self.minibatches]) for number in range(self.minibatches)]
         with self.timed("old_s"):
-            for one in (one for batch in batches for one in batch):
-                one.old = self._log_probs(one)
-            self._watch(figures, [one for batch in batches for one in batch], watch)
+            made = [one for batch in batches for one in batch]
+            with whole_layers(self.network, self.processes):
+                for one in made:
+                    one.old = self._log_probs(one)
+            self._watch(figures, made, watch)
         if not figures.answers:
             return figures
         clipped = torch.zeros(2, device=self.device)
@@ -130,26 +138,33 @@ class PolicyTrainer(Learner):
                 )
         return made
 
-    def _forward(self, one: Pass) -> Tensor:
-        """Logarithms of the drawn tokens' probabilities, fp32 [S]."""
-        return -self.network(moved(one.pack, self.device), one.seen.sight).entropies
+    def _forward(self, one: Pass) -> Sums:
+        return self.network(moved(one.pack, self.device), one.seen.sight)
 
     @torch.no_grad()
     def _log_probs(self, one: Pass) -> Tensor:
-        return self._forward(one)
+        """Logarithms of the drawn tokens' probabilities, fp32 [S]."""
+        return -self._forward(one).entropies
 
     def _backward(self, batch: Sequence[Pass], clipped: Tensor) -> None:
         """Gradients of one minibatch; adds to `clipped` what was clipped, and of how many."""
         per_token = self.algorithm == "grpo"
         own = sum(len(one.rows) if per_token else len(one.advantages) for one in batch)
-        total = self.processes.sum(torch.tensor(float(own), device=self.device)).clamp(min=1)
+        counts = self.processes.sum(torch.tensor([float(own), float(len(batch))], device=self.device))
+        total, passes = counts.clamp(min=1).tolist()
         bad: list[str] = []
-        for number, one in enumerate(batch):
-            with last_backward(self.network, self.processes, number == len(batch) - 1):
+        rounds = self.rounds(len(batch))
+        for number in range(rounds):
+            with last_backward(self.network, self.processes, number == rounds - 1):
+                if number >= len(batch):
+                    self.learn_nothing()
+                    continue
+                one = batch[number]
+                sums = self._forward(one)
                 found = objective(
-                    self.algorithm, self._forward(one), one.old, one.engine, one.rows, one.advantages, self.clipping
+                    self.algorithm, -sums.entropies, one.old, one.engine, one.rows, one.advantages, self.clipping
                 )  # fmt: skip
-                (-found.total / total).backward()
+                (balance_loss(sums.balance, int(passes)) - found.total / total).backward()
             clipped += torch.tensor([float(found.clipped.sum()), float(len(found.clipped))]).to(clipped)
             if not math.isfinite(float(found.total.detach())):
                 bad += one.pack.sources
@@ -176,7 +191,7 @@ class PolicyTrainer(Learner):
     def _divergence(self, made: Sequence[Pass]) -> float:
         """From the start, of the drawn tokens of one pass of each process."""
         found = torch.zeros(2, device=self.device)
-        with self._at_start():
+        with self._at_start(), whole_layers(self.network, self.processes):
             for one in made:
                 estimates = divergence_estimate(one.old, self._log_probs(one))
                 found += torch.stack([estimates.sum(), torch.tensor(float(len(estimates))).to(found)])
@@ -186,11 +201,15 @@ class PolicyTrainer(Learner):
     @contextmanager
     def _at_start(self) -> Iterator[None]:
         """With the weights that the run began with."""
-        now = [parameter.detach().clone() for parameter in self.parameters]
-        for parameter, start in zip(self.parameters, self._start, strict=True):
-            parameter.detach().copy_(start)
+        now = [part.clone() for part in self._parts()]
+        for part, start in zip(self._parts(), self._start, strict=True):
+            part.copy_(start)
         try:
             yield
         finally:
-            for parameter, own in zip(self.parameters, now, strict=True):
-                parameter.detach().copy_(own)
+            for part, own in zip(self._parts(), now, strict=True):
+                part.copy_(own)
+
+    def _parts(self) -> list[Tensor]:
+        """What this process holds of what learns."""
+        return [own_part(parameter.detach()) for parameter in self.parameters]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from keyecli.engine.loaded import ModelFiles
 from keyecli.errors import InputError, KeyeWarning, UsageError
 from keyecli.training.agreement import selection_agreement
+from keyecli.training.buckets import Answered, BucketScaling
 from keyecli.training.data import DataFile
 from keyecli.training.distributed import Processes
 from keyecli.training.estimate import TrainingEstimate
@@ -52,7 +54,8 @@ class RLSettings(OnPolicySettings):
 
     decays: whether the learning rate falls to nothing; partial_tokens: what a try may write in one step, None: all; refills: how
     often prompts are drawn to make up for groups that say nothing; watch_steps: what costs passes of its own is measured so
-    often; difficulty: the mean rewards, in a first pass, of rows that are kept.
+    often; difficulty: the mean rewards, in a first pass, of rows that are kept; bucket_scaling: advantages are made comparable
+    between easy and hard prompts, and short and long answers.
     """
 
     algorithm: Algorithm = "gspo"
@@ -63,6 +66,7 @@ class RLSettings(OnPolicySettings):
     refills: int = 10
     watch_steps: int = 10
     difficulty: tuple[float, float] | None = None
+    bucket_scaling: bool = False
 
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = ("refills", "watch_steps", *OnPolicySettings.AT_LEAST_ONE)
     INCIDENTAL: ClassVar[tuple[str, ...]] = (*OnPolicySettings.INCIDENTAL, "watch_steps")
@@ -212,6 +216,7 @@ class _Reinforcing(OnPolicyRun):
     ) -> None:
         super().__init__(files, rows, held_out, out, settings, processes, frame_cache, score)
         self.waiting: list[Group] = []
+        self.buckets = BucketScaling() if settings.bucket_scaling else None
         self.totals: dict[str, Any] = {"tries": 0, "groups": 0, "dropped": 0, "seconds": 0.0, "peak": 0}
         self.rewards: list[float] = []
 
@@ -237,7 +242,7 @@ class _Reinforcing(OnPolicyRun):
         figures = StepFigures()
         watch = step % self.settings.watch_steps == 0
         scored, kept = self._gather(step, figures)
-        groups = [self._advantaged(one) for one in kept]
+        groups = self._advantaged(kept)
         learnt_s = time.perf_counter()
         learnt = self.trainer.step(groups, step / total, watch=watch)
         figures.train_s = time.perf_counter() - learnt_s
@@ -255,7 +260,7 @@ class _Reinforcing(OnPolicyRun):
             )
         figures.seconds = time.perf_counter() - begin_s
         figures.peak_bytes = self.trainer.peak_bytes()
-        self.write_tries(step + 1, self._shown(scored, kept))
+        self.write_tries(step + 1, self._shown(scored, groups))
         self.totals["seconds"] += figures.seconds
         self.totals["peak"] = max(self.totals["peak"], figures.peak_bytes)
         self.totals["groups"] += figures.groups
@@ -269,18 +274,18 @@ class _Reinforcing(OnPolicyRun):
         wanted = self.own_prompts()
         scored: list[_Scored] = []
         kept: list[_Scored] = []
-        self.loaded.model.eval()
         going, self.waiting = self.waiting, []
-        for _ in range(self.settings.refills):
-            missing = wanted - len(kept) - len(self.waiting)
-            if missing <= 0:
-                break
-            # Tries of former steps come first, and take the place of new prompts.
-            batch = going + self.taken(max(0, missing - len(going)))
-            going = []
-            found = self._scored(self._drawn(batch, step, figures), figures)
-            scored += found
-            kept += [one for one in found if has_variance(one.rewards)]
+        with self.answering():
+            for _ in range(self.settings.refills):
+                missing = wanted - len(kept) - len(self.waiting)
+                if missing <= 0:
+                    break
+                # Tries of former steps come first, and take the place of new prompts.
+                batch = going + self.taken(max(0, missing - len(going)))
+                going = []
+                found = self._scored(self._drawn(batch, step, figures), figures)
+                scored += found
+                kept += [one for one in found if has_variance(one.rewards)]
         return scored, kept
 
     def _drawn(
@@ -316,20 +321,38 @@ class _Reinforcing(OnPolicyRun):
             figures.reward_s += time.perf_counter() - begin_s
         return found
 
-    def _advantaged(self, one: _Scored) -> ScoredGroup:
-        group = replace(one.group, rollouts=[rollout for rollout, _ in one.known])
-        prompt = self.policy.lay_out(group.prompt, one.seen)
-        return ScoredGroup(group, prompt, one.seen, advantages(one.rewards))
+    def _advantaged(self, kept: Sequence[_Scored]) -> list[ScoredGroup]:
+        """Groups as they are learnt from."""
+        groups = []
+        for one in kept:
+            group = replace(one.group, rollouts=[rollout for rollout, _ in one.known])
+            prompt = self.policy.lay_out(group.prompt, one.seen)
+            groups.append(ScoredGroup(group, prompt, one.seen, advantages(one.rewards)))
+        return groups if self.buckets is None else self._rescaled(self.buckets, kept, groups)
+
+    def _rescaled(
+        self, buckets: BucketScaling, kept: Sequence[_Scored], groups: Sequence[ScoredGroup]
+    ) -> list[ScoredGroup]:
+        own = [
+            Answered(fmean(one.rewards), len(rollout.token_ids), gain)
+            for one, group in zip(kept, groups, strict=True)
+            for rollout, gain in zip(group.group.rollouts, group.advantages, strict=True)
+        ]
+        gathered: list[list[Answered]] = self.processes.gathered(own)  # type: ignore[assignment]
+        scales = iter(buckets.scales(own, [one for part in gathered for one in part]))
+        return [
+            replace(group, advantages=[gain * next(scales) for gain in group.advantages]) for group in groups
+        ]
 
     def _agreement(self, groups: Sequence[ScoredGroup]) -> float | None:
         """Of the first try of this process's first group; the mean over processes that know it."""
         own = None
-        if groups:
-            first = groups[0]
-            self.loaded.model.eval()
-            own = selection_agreement(
-                self.loaded, self.trainer.network, first.prompt, first.seen, first.group.rollouts[0]
-            )
+        with self.answering():
+            if groups:
+                first = groups[0]
+                own = selection_agreement(
+                    self.loaded, self.network, first.prompt, first.seen, first.group.rollouts[0]
+                )
         every: list[float | None] = self.processes.gathered(own)  # type: ignore[assignment]
         known = [value for value in every if value is not None]
         return mean(known)
@@ -366,7 +389,7 @@ class _Reinforcing(OnPolicyRun):
         missing = [index for index in range(len(self.rows)) if index not in rewards]
         own = missing[self.processes.rank :: self.processes.count]
         file = path.with_suffix(f".{self.processes.rank}.part") if self.processes.rank else path
-        with file.open("a", encoding="utf-8") as lines:
+        with file.open("a", encoding="utf-8") as lines, self.answering():
             for index in own:
                 rewards[index] = self._difficulty(index)
                 record = {
@@ -414,7 +437,6 @@ class _Reinforcing(OnPolicyRun):
         try:
             prompt = self.planner.plan(index)
             group = self.group(-1 - index, prompt)
-            self.loaded.model.eval()
             self.policy.roll_out(prompt, self.see(prompt), group.rollouts, 0)
             scores = self.score([self.attempt(prompt, rollout) for rollout in group.rollouts])
         except InputError as error:
@@ -430,25 +452,30 @@ class _Reinforcing(OnPolicyRun):
             "waiting": self.processes.gathered([group.state() for group in self.waiting]),
             "totals": self.totals,
             "rewards": self.rewards,
+            "buckets": None if self.buckets is None else self.buckets.state(),
         }
 
     def take_state(self, state: Mapping[str, Any]) -> None:
         own = state["waiting"][self.processes.rank]
         self.waiting = [Group.of(one, self.planner.plan(one["index"])) for one in own]
         self.totals, self.rewards = state["totals"], state["rewards"]
+        if self.buckets is not None:
+            self.buckets.take(state["buckets"])
 
     # What is told.
 
-    def _shown(self, scored: Sequence[_Scored], kept: Sequence[_Scored]) -> list[ShownGroup]:
+    def _shown(self, scored: Sequence[_Scored], learnt: Sequence[ScoredGroup]) -> list[ShownGroup]:
         """Groups for whoever reads along: those that were learnt from first."""
+        gains = {
+            id(rollout): gain
+            for group in learnt
+            for rollout, gain in zip(group.group.rollouts, group.advantages, strict=True)
+        }
         shown = []
-        for one in (*kept, *(other for other in scored if other not in kept)):
-            learnt = one in kept
-            values = advantages(one.rewards) if learnt else []
-            gains = dict(zip((id(rollout) for rollout, _ in one.known), values, strict=False))
+        for one in scored:
             each = [gains.get(id(rollout)) for rollout in one.group.rollouts]
-            shown.append(ShownGroup(one.group, one.scores, each, learnt))
-        return shown
+            shown.append(ShownGroup(one.group, one.scores, each, any(gain is not None for gain in each)))
+        return sorted(shown, key=lambda one: not one.kept)
 
     # What comes out.
 

@@ -67,8 +67,6 @@ class RunSettings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     COMMAND: ClassVar[str] = "keye finetune"
-    # Whether processes may hold a part of every layer each.
-    SHARDS: ClassVar[bool] = True
     RATES: ClassVar[Mapping[Main, float]] = LEARNING_RATES
     # May differ in a run that is resumed.
     INCIDENTAL: ClassVar[tuple[str, ...]] = (
@@ -126,10 +124,6 @@ def opened(
     with deterministic(settings.deterministic), joined(files.device, settings.shard) as (processes, device):
         if on_start:
             on_start(processes)
-        if processes.sharded and not settings.SHARDS:
-            raise UsageError(
-                f"{settings.COMMAND} answers with whole models: use a configuration without FSDP"
-            )
         rows = open_data(data, format=format, dataset=dataset, media_root=media_root)
         held_out = None if eval_data is None else open_data(eval_data, format=format, media_root=media_root)
         require_folder(out, resume, overwrite, processes)

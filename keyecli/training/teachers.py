@@ -143,17 +143,17 @@ class Teacher:
     def side(self, batch: Pack, sight: Sight) -> Side:
         """Its states before the learnt tokens of a pack on its device, and its head."""
         model = self._network.model
-        with self._active():
+        with self._active(model):
             states = self._network.states(batch, sight)
 
         def logits(part: Tensor) -> Tensor:
-            with self._active():
+            with self._active(model.lm_head):
                 return model.logits(part)
 
         return Side(states, logits)
 
-    def _active(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._swap is None else self._swap.active()
+    def _active(self, part: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self._swap is None else self._swap.active(part)
 
 
 class AdapterSwap:
@@ -166,7 +166,7 @@ class AdapterSwap:
     def __init__(self, folder: Path, adapter: Adapter, model: nn.Module) -> None:
         self._linears: list[tuple[LoraLinear, Tensor | None, Tensor | None]] = []
         self._experts: list[tuple[LoraExperts, dict[str, Tensor]]] = []
-        self._whole: list[tuple[nn.Parameter, Tensor]] = []
+        self._whole: list[tuple[nn.Module, str, Tensor]] = []
         left = dict(adapter.added)
         for name, module in model.named_modules():
             if isinstance(module, LoraLinear):
@@ -193,15 +193,24 @@ class AdapterSwap:
             raise ModelError(
                 f"the teacher {folder} adapts {next(iter(left))}, which the student's adapter does not: name it in --targets"
             )
-        known = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+        known = {
+            f"{name}.{leaf}".replace(".base_layer.", "."): (module, leaf, parameter)
+            for name, module in model.named_modules()
+            for leaf, parameter in module.named_parameters(recurse=False)
+        }
         for name, tensor in adapter.replaced.items():
-            self._whole.append((known[name], tensor.to(known[name])))
+            module, leaf, like = known[name]
+            self._whole.append((module, leaf, tensor.to(like.device, like.dtype)))
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Have the model be the teacher; without gradients, and never while the student computes."""
+    def active(self, part: nn.Module) -> Iterator[None]:
+        """Have the model, or a part of it, be the teacher's; without gradients, never while the student computes, and with the
+        part whole in this process."""
+        inside = set(part.modules())
+        linears = [one for one in self._linears if one[0] in inside]
+        adapted = [one for one in self._experts if one[0] in inside]
         kept: list[tuple[nn.Parameter, Tensor]] = []
-        modules = [*(one[0] for one in self._linears), *(one[0] for one in self._experts)]
+        modules = [*(one[0] for one in linears), *(one[0] for one in adapted)]
         scales = [module.scale for module in modules]
 
         def put(parameter: nn.Parameter, data: Tensor) -> None:
@@ -209,19 +218,20 @@ class AdapterSwap:
             parameter.data = data
 
         try:
-            for linear, first, second in self._linears:
+            for linear, first, second in linears:
                 linear.scale = 0.0 if first is None else 1.0
                 if first is not None and second is not None:
                     put(linear.lora_A, first)
                     put(linear.lora_B, second)
-            for experts, factors in self._experts:
+            for experts, factors in adapted:
                 experts.scale = 1.0
                 for name in ("gate_up_A", "gate_up_B", "down_A", "down_B"):
                     own = getattr(experts, name)
                     if own is not None:
                         put(own, factors[name] if name in factors else torch.zeros_like(own))
-            for parameter, tensor in self._whole:
-                put(parameter, tensor)
+            for module, leaf, tensor in self._whole:
+                if module in inside:
+                    put(getattr(module, leaf), tensor)
             yield
         finally:
             for parameter, data in reversed(kept):

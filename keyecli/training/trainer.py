@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,11 +106,13 @@ class Trainer(Learner):
         losses = torch.zeros(3, device=self.device)
         bad: list[str] = []
         with self.timed("train_s"):
-            rounds = self._rounds(len(packs))
+            rounds = self.rounds(len(packs))
             for number in range(rounds):
-                own = packs[number] if number < len(packs) else None
                 with last_backward(self.network, self.processes, number == rounds - 1):
-                    bad += self._backward(own, supervised, tokens, count, losses)
+                    if number < len(packs):
+                        bad += self._backward(*packs[number], supervised, tokens, count, losses)
+                    else:
+                        self.learn_nothing()
             add_gradients(self.parameters, self.processes)
         self.processes.sum(losses)
         loss, entropy, divergence = losses.tolist()
@@ -228,28 +229,19 @@ class Trainer(Learner):
         summed = self.processes.sum(torch.tensor(own, dtype=torch.float64, device=self.device)).tolist()
         return summed[0], summed[1], int(summed[2])
 
-    def _rounds(self, packs: int) -> int:
-        """Passes of this step: with shards every process has to make as many."""
-        if not self.processes.sharded:
-            return packs
-        most: list[Any] = self.processes.gathered(packs)
-        return max(most)
-
     def _backward(
         self,
-        own: tuple[Pack, Sight] | None,
+        batch: Pack,
+        sight: Sight,
         supervised: float,
         tokens: float,
         packs: int,
         losses: Tensor,
     ) -> list[str]:
-        """Gradients of one pack, or of nothing where others have one more; adds to `losses`, names rows that are no number."""
-        batch, sight = own if own is not None else (self._nothing(), Sight())
+        """Gradients of one pack; adds to `losses`, names rows that are no number."""
         sums = self.network(moved(batch, self.device), sight)
         loss = loss_of(sums, supervised, tokens, packs)
-        (loss * float(own is not None)).backward()
-        if own is None:
-            return []
+        loss.backward()
         divergence = torch.zeros(()) if sums.divergence is None else sums.divergence.detach()
         losses += torch.stack(
             [loss.detach(), sums.entropies.detach().sum(), divergence.to(losses.device)]
@@ -261,13 +253,6 @@ class Trainer(Learner):
                 *batch.sources
             ]
         return []
-
-    def _nothing(self) -> Pack:
-        """A pack of two tokens, any that stand for no visual, of which none is learnt."""
-        config = self.loaded.config
-        word = min({0, 1, 2} - {config.image_token_id, config.video_token_id})
-        ids = torch.full((2,), word).numpy()
-        return pack([Example("", ids, torch.arange(2).expand(3, 2).numpy(), ids * 0 + IGNORED_LABEL, 0)])
 
     def _refuse_not_finite(self, loss: float, bad: list[str], step: Step) -> None:
         if not math.isfinite(loss) and not self.processes.any(bool(bad), self.device):

@@ -10,7 +10,7 @@ import pytest
 
 from keyecli.engine.loaded import open_model
 from tests.commands.conftest import Keye
-from tests.commands.test_rl import metrics, weights
+from tests.commands.test_rl import few_rows, metrics, weights
 from tests.training.rows import write_data
 from tests.training.test_teachers import adapter_in
 
@@ -28,11 +28,20 @@ tasks = "words"
 """
 
 
-@pytest.fixture
-def data(folder: Path, tiny_checkpoint: Path) -> Path:
-    """Rows, and two adapters that answer differently."""
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """Two adapters that answer differently."""
+    made = tmp_path_factory.mktemp("adapters")
     for number, name in enumerate(("first", "second")):
-        adapter_in(folder / name, open_model(tiny_checkpoint, device="cpu"), number)
+        adapter_in(made / name, open_model(tiny_checkpoint, device="cpu"), number)
+    return made
+
+
+@pytest.fixture
+def data(folder: Path, adapters: Path) -> Path:
+    """Rows, and what teaches them."""
+    for name in ("first", "second"):
+        (folder / name).symlink_to(adapters / name)
     (folder / "routes.toml").write_text(ROUTES, encoding="utf-8")
     return write_data(folder / "rows.jsonl", texts=4, videos=2, task="words")
 
@@ -54,7 +63,17 @@ def arguments(data: Path, model: Path, out: str, *more: str) -> list[str]:
 
 
 def test_two_teachers_into_one_adapter(data: Path, tiny_checkpoint: Path, keye: Keye, folder: Path) -> None:
-    more = ("--steps", "2", "--lr", "1e-2", "--reward", "exact", "--eval-data", str(data), "--json")
+    more = (
+        "--steps",
+        "2",
+        "--lr",
+        "1e-2",
+        "--reward",
+        "exact",
+        "--eval-data",
+        str(few_rows(folder)),
+        "--json",
+    )
     code, out, err = keye(*arguments(data, tiny_checkpoint, "run", *more))
     assert (code, err) == (0, "")
     made = json.loads(out)
@@ -62,7 +81,7 @@ def test_two_teachers_into_one_adapter(data: Path, tiny_checkpoint: Path, keye: 
     assert (made["schema"], made["steps"], made["tries"]) == ("keye.distill/1", 2, 6)
     assert {name for step in steps for name in step["teachers"]} == {"first", "second"}
     assert all(step["divergence"] > 0.1 for step in steps)
-    assert made["after"]["rows"] == 6
+    assert made["after"]["rows"] == 2
     assert "on-policy distillation (overlap) from first, second" in (folder / "run" / "README.md").read_text()
     assert (folder / "run" / "rollouts.html").is_file()
     assert weights(folder / "run") != weights(folder / "first")
@@ -85,13 +104,13 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bits(
 ) -> None:
     from keyecli.training.distill import DistillTrainer
 
-    more = ("--steps", "3", "--save-steps", "1", "--lr", "1e-2")
+    more = ("--steps", "2", "--save-steps", "1", "--lr", "1e-2")
     assert keye(*arguments(data, tiny_checkpoint, "whole", *more))[0] == 0
     learn, steps = DistillTrainer.step, []
 
     def breaking(*arguments: Any) -> Any:
         steps.append(arguments)
-        if len(steps) == 3:
+        if len(steps) == 2:
             raise MemoryError("gone")
         return learn(*arguments)
 
@@ -109,6 +128,8 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bits(
     [
         (["--teachers", "absent.toml"], 2, "--teachers absent.toml cannot be read"),
         (["--mode", "forward"], 2, "--mode forward is not known; use overlap, student, teacher-on-student"),
+        (["--config", "missing.yaml"], 2, "missing.yaml does not exist"),
+        (["--shard"], 2, "--shard shares the model out among processes, and there is one"),
         (["--top-k", "0"], 2, "--top-k must be at least 1"),
         (["--train", "projector"], 2, "--train projector does not go with keye distill"),
         (["--train", "full"], 4, "with --train full its base would change under it"),

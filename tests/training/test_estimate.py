@@ -173,6 +173,15 @@ def test_shards_divide_the_decoder_and_leave_the_tower_whole(large: KeyeVL2Confi
     assert several.gradients_bytes == one.gradients_bytes
 
 
+def test_shards_that_answer_become_whole(large: KeyeVL2Config) -> None:
+    alone = estimated(large, answers=True)
+    learning = estimated(large, world=8, sharded=True)
+    answering = estimated(large, world=8, sharded=True, answers=True)
+    assert alone.answering_bytes == learning.answering_bytes == 0
+    assert learning.total_bytes < alone.weights_bytes < answering.total_bytes
+    assert answering.total_bytes - answering.answering_bytes < learning.total_bytes
+
+
 def test_what_fits_is_no_error(large: KeyeVL2Config) -> None:
     found = estimated(large)
     found.check(found.total_bytes)

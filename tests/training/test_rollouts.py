@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from keyecli.model.lora import LoraSettings, add_lora, lora_parameters
 from keyecli.training.agreement import selection_agreement
 from keyecli.training.distributed import Processes
 from keyecli.training.examples import asked
-from keyecli.training.network import Network, freeze, moved, trained
+from keyecli.training.network import BALANCE_WEIGHT, Network, freeze, moved, trained
 from keyecli.training.policy_trainer import PolicyTrainer, ScoredGroup
 from keyecli.training.rollouts import (
     Group,
@@ -248,6 +249,30 @@ def test_better_tries_become_likelier(tiny_checkpoint: Path) -> None:
     means = [float((trainer._log_probs(one) - one.engine)[one.rows == row].mean()) for row in range(3)]
     assert means[0] > 0
     assert means[0] > max(means[1:])
+
+
+def test_routers_that_learn_are_kept_in_balance(tiny_checkpoint: Path) -> None:
+    """Where no try is better than another, a router gets what the balance of its loads is worth, and nothing else does."""
+    loaded = load_weights(open_model(tiny_checkpoint, device="cpu"))
+    what = trained("full,router")
+    freeze(loaded.model, what)
+    prompt = planner_of(loaded, [text_row(1)]).plan(0)
+    group = replace(scored(loaded, prompt), advantages=[0.0, 0.0, 0.0])
+    trainer = PolicyTrainer(
+        loaded, Network(loaded.model, what), Schedule(1e-3), Processes(), algorithm="gspo", clipping=None,
+        max_length=2000, minibatches=1,
+    )  # fmt: skip
+    found = dict(zip(trainer.names, gradients_of(trainer, [group]), strict=True))
+    pack = moved(group_pack(group.prompt, "", group.group.rollouts), "cpu")
+    balance = trainer.network(pack, group.seen.sight).balance
+    (BALANCE_WEIGHT * balance).backward()
+    routers = [name for name in found if name.endswith("mlp.gate.weight")]
+    assert routers
+    for name in routers:
+        expected = dict(loaded.model.named_parameters())[name].grad
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-9)
+    trainer.drop_gradients()
 
 
 def test_nothing_to_learn_from_changes_nothing(loaded: LoadedModel) -> None:

@@ -1,20 +1,35 @@
-"""Steps of training under torchrun: `python -m torch.distributed.run … -m tests.training.two_processes FILE`.
+"""Steps of training under torchrun: `python -m torch.distributed.run … -m tests.training.two_processes FILE COMMANDS`.
 
-Writes what `steps` gives for every case of `CASES` to FILE; `test_distributed.py` compares it with one process.
+Writes what `steps` gives for every case of `CASES` and `policy_steps` for every one of `POLICIES` to FILE, then runs the command
+lines of COMMANDS (JSON); `test_distributed.py` compares all with one process.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from keyecli.bench.finetune import RandomRows, random_loaded, trainer_of
+from keyecli.bench.finetune import RandomRows, adapted_network, random_loaded, trainer_of
+from keyecli.cli import run
 from keyecli.model.config import KeyeVL2Config
-from keyecli.training.distributed import Processes, joined, whole
+from keyecli.model.prompt import Prompt
+from keyecli.training.distributed import Processes, joined, shard, whole
+from keyecli.training.learner import Learner
+from keyecli.training.network import Network, Sight, Trained, freeze
+from keyecli.training.policy_trainer import PolicyTrainer, ScoredGroup
+from keyecli.training.rollouts import Group, PlannedPrompt, Rollout
+from keyecli.training.rows import TrainingRow
+from keyecli.training.schedule import Schedule
+from keyecli.training.sight import Seen
 from tests.tiny import tiny_config
 
 STEPS = 2
@@ -65,18 +80,97 @@ def steps(case: Case, processes: Processes) -> dict[str, Any]:
         "norms": [each.norm for each in figures],
         "tokens": [each.tokens for each in figures],
         "gradients": gradients,
-        "adapter": {
-            name: whole(parameter.detach()).clone()
-            for name, parameter in zip(trainer.names, trainer.parameters, strict=True)
-        },
+        "adapter": learnt(trainer),
     }
+
+
+def learnt(learner: Learner) -> dict[str, Tensor]:
+    """Everything that learns, whole."""
+    return {
+        name: whole(parameter.detach()).clone()
+        for name, parameter in zip(learner.names, learner.parameters, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class PolicyCase:
+    """What learns from three groups of tries, of which the first process has one or two: in the second minibatch, or in all of
+    them, the other one has nothing."""
+
+    train: str
+    first_has: int
+    sharded: bool
+
+
+POLICIES = {
+    f"{train}, {has} of 3 groups{', sharded' if sharded else ''}": PolicyCase(train, has, sharded)
+    for train, has in (("lora", 2), ("full", 3))
+    for sharded in (False, True)
+}
+
+
+def policy_steps(case: PolicyCase, processes: Processes) -> dict[str, Any]:
+    """Figures of some updates, and what they made of the weights."""
+    loaded = random_loaded(KeyeVL2Config(**tiny_config()), "cpu")
+    if case.train == "lora":
+        network = adapted_network(loaded, 2, moved_factors=True)
+    else:
+        what = Trained("full")
+        freeze(loaded.model, what)
+        network = Network(loaded.model, what)
+        network.checkpoint_activations()
+    shared_out = replace(processes, sharded=case.sharded and processes.count > 1)
+    if shared_out.sharded:
+        shard(network, shared_out, "cpu")
+    trainer = PolicyTrainer(
+        loaded, network, Schedule(1e-2, warm_up=0.0), shared_out, algorithm="grpo", clipping=None, max_length=1,
+        minibatches=2,
+    )  # fmt: skip
+    groups = [scored_group(number) for number in range(3)]
+    if processes.count > 1:
+        groups = groups[: case.first_has] if processes.first else groups[case.first_has :]
+    # Chunks of logits differ in number, too.
+    with patch("keyecli.training.network.LOSS_CHUNK_TOKENS", 3):
+        figures = [trainer.step(groups, 0.5, watch=True) for _ in range(STEPS)]
+    return {"figures": [asdict(each) for each in figures], "weights": learnt(trainer)}
+
+
+def scored_group(number: int) -> ScoredGroup:
+    """Tries of a made-up prompt, one more and one token longer in each group."""
+    generator = torch.Generator().manual_seed(number)
+    lengths: Sequence[int] = [4 + number] * (2 + number)
+    rollouts = [
+        Rollout(0, torch.randint(5, 90, (length,), generator=generator).tolist(), [-5.0] * length)
+        for length in lengths
+    ]
+    ids = torch.randint(5, 90, (9 + number,), generator=generator)
+    prompt = Prompt(ids, torch.arange(len(ids)).expand(3, -1), len(ids), 0, False)
+    planned = PlannedPrompt(number, TrainingRow(f"rows:{number}", ()), (), {}, len(ids))
+    gains = [1.0 - 2 * (place % 2) for place in range(len(lengths))]
+    return ScoredGroup(Group(number, planned, rollouts), prompt, Seen((), Sight()), gains)
+
+
+def evenness(response: str, row: Any) -> float:
+    """A reward that the noise of a toy model has more or less of."""
+    return sum(ord(letter) % 2 == 0 for letter in response) / max(1, len(response))
 
 
 def main() -> None:
     with joined("cpu", None) as (processes, _):
         found = {name: steps(case, processes) for name, case in CASES.items()}
+        found |= {name: policy_steps(case, processes) for name, case in POLICIES.items()}
         if processes.first:
             torch.save(found, sys.argv[1])
+
+        @contextmanager
+        def as_before(device: str, shard: bool | None) -> Iterator[tuple[Processes, str]]:
+            # Processes find each other once.
+            yield replace(processes, sharded=processes.sharded if shard is None else shard), device
+
+        with patch("keyecli.training.run.joined", as_before):
+            for command in json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")):
+                if code := run(command):
+                    sys.exit(code)
 
 
 if __name__ == "__main__":
