@@ -59,6 +59,8 @@ _SPLIT = re.compile(r"\s*\|\s*|\s+[–—]\s+")
 _RULE = re.compile(r"[\s|:-]*-{2,}[\s|:-]*")
 _FENCE = re.compile(r"\s*```\w*\s*")
 _COUNT = re.compile(r"\s*\d+\s*")  # SubRip numbers its entries
+_BLANKS = re.compile(r"[^\S\n]{2,}")
+_RUN = re.compile(r"((\W)\2{7})\2+")
 _HEADING = re.compile(
     r"\s*(?:#{1,6}\s.*|[^\s.!?。！？][^.!?。！？]{0,40}[:：]\W*|(?:\*\*|__)[^*_]{1,60}(?:\*\*|__)\W*)"
 )
@@ -122,7 +124,7 @@ def parse_summary(answer: str) -> ParsedSummary:
     lines: list[TimedLine] = []
     prose: list[str] = []
     below_timed = False
-    for raw in answer.splitlines():
+    for raw in _lines_of(answer):
         if _FENCE.fullmatch(raw) or _COUNT.fullmatch(raw):
             continue
         if _RULE.fullmatch(raw):
@@ -260,8 +262,13 @@ def _parse_json(answer: str) -> ParsedSummary | None:
     return None
 
 
+def _lines_of(text: str) -> list[str]:
+    """Its lines, without long runs of one character, which no line needs and patterns would try to divide in every way."""
+    return [_RUN.sub(r"\1", _BLANKS.sub(" ", line)) for line in text.splitlines()]
+
+
 def _prose_of(text: str) -> str:
-    kept = [line for line in text.splitlines() if not (_FENCE.fullmatch(line) or _HEADING.fullmatch(line))]
+    kept = [line for line in _lines_of(text) if not (_FENCE.fullmatch(line) or _HEADING.fullmatch(line))]
     return _plain(_LABEL.sub("", "\n".join(kept), count=1))
 
 

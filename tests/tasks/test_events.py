@@ -223,3 +223,12 @@ def test_no_answer_breaks_it(answer: str) -> None:
 def test_long_nonsense_ends(piece: str) -> None:
     """A model that repeats itself must not hang the reader."""
     assert len(parse_summary(piece * 1000).lines) <= 1
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("run", [" " * 4000, "\t \t" * 1000, "-" * 4000, ":" * 4000, "–" * 4000])
+def test_a_model_that_does_not_stop_is_read_all_the_same(run: str) -> None:
+    """Patterns that may divide a run of one character in every way would take minutes."""
+    found = parse_summary(f"A day at the sea.{run}\n\n- 0:03 - 0:07{run}A ball{run}rolls\n- 0:09{run}")
+    assert found.lines[0].start_s == 3
+    assert found.text.startswith("A day at the sea.")
