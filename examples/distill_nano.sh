@@ -5,7 +5,8 @@
 #
 #     PYTHON=.venv/bin/python examples/rl_nano.sh && PYTHON=.venv/bin/python examples/distill_nano.sh [FOLDER]
 #
-# FOLDER (default: runs/rl_nano) is that of rl_nano.sh. Ends with 1 when the student is not within 0.02 of each specialist at its task.
+# FOLDER (default: runs/rl_nano) is that of rl_nano.sh. Ends with 1 when the student is not within 0.02 of each specialist at its task, or
+# right counts have the wrong reasons no less often than before.
 set -eu
 here=$(dirname "$0")/rl_nano
 out=${1:-runs/rl_nano}
@@ -22,10 +23,9 @@ port=${JUDGE_PORT:-8765}
 $python "$here/judge.py" --port "$port" &
 judge=$!
 trap 'kill $judge' EXIT
-$keye rl --data "$out/count/data.jsonl" --eval-data "$out/count_held_out/data.jsonl" --eval-steps 25 \
+$keye rl --data "$out/count/data.jsonl" --eval-data "$out/count_held_out/data.jsonl" --eval-steps 20 \
     --reward context:outcome=count,format=false --judge "http://127.0.0.1:$port/v1" --judge-model forged \
-    --lr 1e-3 --steps 50 --refills 3 $few -o "$out/counting"
-$python "$here/rejected.py" "$out/counting/rollouts.jsonl" || true
+    --lr 1e-3 --decay --steps 60 --refills 3 $few -o "$out/counting"
 cat > "$out/routes.toml" << END
 [[teacher]]
 adapter = "grounding"
@@ -40,4 +40,7 @@ $keye distill --data "$out/both/data.jsonl" --teachers "$out/routes.toml" --lr 1
 $python "$here/evaluate.py" --data ground="$out/held_out/data.jsonl" --data count="$out/count_held_out/data.jsonl" --old \
     --json "$out/figures.json" --adapter grounding="$out/grounding" --adapter counting="$out/counting" --adapter student="$out/student"
 echo "$(($(date +%s) - began)) s in all"
-$python "$here/aims.py" "$out/figures.json" student:ground:grounding student:count:counting
+missed=0
+$python "$here/rejected.py" --data "$out/count_held_out/data.jsonl" --judge "http://127.0.0.1:$port/v1" --adapter counting="$out/counting" || missed=1
+$python "$here/aims.py" "$out/figures.json" student:ground:grounding student:count:counting || missed=1
+exit $missed

@@ -20,7 +20,7 @@ from keyecli.forge.write import training_row, write_clip
 
 OPTIONS = SceneOptions(8.0, 20.0, size=(112, 112), rate=4)
 FPS = 0.5
-GROUND, COUNT = ("ground",), ("count_appearances", "count_objects")
+GROUND, COUNT = ("ground",), ("count_appearances",)
 TASKS = {"ground": GROUND, "count": COUNT, "both": GROUND + COUNT}
 
 
