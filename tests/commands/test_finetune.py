@@ -127,11 +127,11 @@ def test_the_indexer_learns_what_attention_looks_at(
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(
-    data: Path, tiny_checkpoint: Path, isolated: dict[str, str], folder: Path
+    data: Path, tiny_checkpoint: Path, keye: Keye, isolated: dict[str, str], folder: Path
 ) -> None:
     more = ("--epochs", "3", "--save-steps", "1", "--lr", "1e-2", "--dropout", "0.1")
-    whole = run_keye(*arguments(data, tiny_checkpoint, "whole", *more), env=isolated)
-    assert whole.returncode == 0, whole.stderr
+    code, _, err = keye(*arguments(data, tiny_checkpoint, "whole", *more))
+    assert (code, err) == (0, "")
     draws = random.Random(3)
     wanted = len(metrics(folder / "whole", "step"))
     kills = 0
@@ -152,8 +152,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
             process.send_signal(signal.SIGKILL)
         kills += process.returncode == -signal.SIGKILL
     assert kills == 2
-    last = run_keye(*arguments(data, tiny_checkpoint, "killed", *more, "--resume"), env=isolated)
-    assert last.returncode == 0, last.stderr
+    code, _, err = keye(*arguments(data, tiny_checkpoint, "killed", *more, "--resume"))
+    assert (code, err) == (0, "")
     assert load_bytes(folder / "killed") == load_bytes(folder / "whole")
     figures = [
         [(row["step"], row["loss"], row["norm"], row["tokens"]) for row in metrics(folder / name, "step")]

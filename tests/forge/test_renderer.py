@@ -131,7 +131,7 @@ def reference_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         corners = [(reach * math.sin(a), -reach * math.cos(a)) for a in np.arange(5) * 4 * math.pi / 5]
     elif shape == "heart":
         # From the point up to the right corner, around the right lobe to the notch, and the mirror image back.
-        angles = np.radians(np.linspace(45, -135, 200))
+        angles = np.radians(np.linspace(45, -135, 50))
         lobe = [(0.44 + 0.6223 * math.cos(a), -0.22 + 0.6223 * math.sin(a)) for a in angles]
         corners = [(0.0, 1.1), *lobe, *[(-x, y) for x, y in reversed(lobe)]]
     else:

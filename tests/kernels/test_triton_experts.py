@@ -370,7 +370,7 @@ def test_decoding_is_the_definition(
     expected = exact(x, weights, experts, gate_up, down)
     assert actual.dtype == dtype
     assert_close(actual, expected, relative=TOLERANCE[dtype], cosine=TOLERANCE[dtype] ** 2)
-    for row in range(tokens):
+    for row in range(tokens) if CUDA else {0, tokens - 1}:
         alone = kernels.decode_experts(
             x[row : row + 1], logits[row : row + 1], top_k, normalise, gate_up, down
         )
