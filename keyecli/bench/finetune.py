@@ -252,8 +252,13 @@ def check_step(loaded: LoadedModel, tokens: int, *, rank: int = RANK) -> Finetun
 def example_loss(loaded: LoadedModel, network: Network, example: Example) -> Tensor:
     """Of one sequence of text."""
     batch = moved(pack([example]), loaded.device)
-    nothing = torch.empty(0, loaded.config.hidden_size, dtype=torch_dtype(loaded.dtype), device=loaded.device)
-    return loss_of(network(batch, Sight(embeds=nothing)), batch.learnt_tokens, batch.tokens, 1)
+    return loss_of(network(batch, no_sight(loaded)), batch.learnt_tokens, batch.tokens, 1)
+
+
+def no_sight(loaded: LoadedModel) -> Sight:
+    """Of text alone."""
+    width = loaded.config.hidden_size
+    return Sight(embeds=torch.empty(0, width, dtype=torch_dtype(loaded.dtype), device=loaded.device))
 
 
 def gradient_check(

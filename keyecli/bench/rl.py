@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,17 +20,18 @@ from keyecli.bench.finetune import (
     RandomRows,
     adapted_network,
     gradient_check,
+    no_sight,
     random_loaded,
 )
 from keyecli.bench.finetune_figures import FinetuneCheck
 from keyecli.bench.network import DECODE_STEPS, official_config, timed_branches
-from keyecli.engine.loaded import LoadedModel, free_memory_bytes, torch_dtype
+from keyecli.engine.loaded import LoadedModel, free_memory_bytes
 from keyecli.engine.plan import gib
 from keyecli.model.config import KeyeVL2Config
 from keyecli.model.prompt import Prompt
 from keyecli.training.distributed import Processes
 from keyecli.training.estimate import estimate_training
-from keyecli.training.network import Network, Sight, moved
+from keyecli.training.network import Network, moved
 from keyecli.training.policy_loss import advantages, objective
 from keyecli.training.policy_trainer import PolicyTrainer, ScoredGroup
 from keyecli.training.rewards import compose
@@ -129,10 +129,7 @@ class RandomPrompts(Policy):
     def __init__(self, loaded: LoadedModel, prompt_tokens: int, count: int, answer_tokens: int) -> None:
         super().__init__(loaded, answer_tokens)
         self._rows = RandomRows(loaded.config, [prompt_tokens] * count)
-        nothing = torch.empty(
-            0, loaded.config.hidden_size, dtype=torch_dtype(loaded.dtype), device=loaded.device
-        )
-        self.seen = Seen((), Sight(embeds=nothing))
+        self.seen = Seen((), no_sight(loaded))
 
     def groups(self, rollouts: int) -> list[Group]:
         """Answers to be made to each prompt."""
@@ -210,45 +207,36 @@ def measure_step(
     )  # fmt: skip
     policy = RandomPrompts(loaded, prompt_tokens, prompts + 1, answer_tokens)
     score = compose(REWARDS)
-    seconds: dict[str, float] = {}
-
-    def timed(part: str, begin_s: float) -> None:
-        if loaded.device.startswith("cuda"):
-            torch.cuda.synchronize(loaded.device)
-        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin_s
 
     def step(groups: Sequence[Group]) -> float:
         """The mismatch of one step."""
         scored = []
         loaded.model.eval()
         for group in groups:
-            begin_s = time.perf_counter()
-            policy.roll_out(group.prompt, policy.seen, group.rollouts, 0)
-            timed("generate", begin_s)
-            begin_s = time.perf_counter()
-            score([policy.attempt(group.prompt, rollout, True) for rollout in group.rollouts])
-            timed("reward", begin_s)
+            with trainer.timed("generate_s"):
+                policy.roll_out(group.prompt, policy.seen, group.rollouts, 0)
+            with trainer.timed("reward_s"):
+                score([policy.attempt(group.prompt, rollout, True) for rollout in group.rollouts])
             laid_out = policy.lay_out(group.prompt, policy.seen)
-            gains = advantages(random_rewards(group))
-            scored.append(ScoredGroup(group, laid_out, policy.seen, gains))
-        begin_s = time.perf_counter()
-        figures = trainer.step(scored, 0.0)
-        timed("train", begin_s)
+            scored.append(ScoredGroup(group, laid_out, policy.seen, advantages(random_rewards(group))))
+        with trainer.timed("learn_s"):
+            figures = trainer.step(scored, 0.0)
         assert figures.mismatch is not None
         return figures.mismatch
 
     groups = policy.groups(rollouts)
     step(groups[:1])
-    seconds.clear()
     trainer.parts_s.clear()
     if loaded.device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     mismatch = step(groups[1:])
+    took = trainer.parts_s
+    generate_s, reward_s, train_s = (took[name] for name in ("generate_s", "reward_s", "learn_s"))
     return RLMeasurement(
-        loaded.quant or loaded.dtype, prompts, rollouts, prompt_tokens, answer_tokens, sum(seconds.values()),
-        seconds["generate"], seconds["reward"], seconds["train"], trainer.parts_s["old_s"], trainer.peak_bytes(),
-        planned.total_bytes + room_bytes, mismatch, engine_tokens_per_s,
+        loaded.quant or loaded.dtype, prompts, rollouts, prompt_tokens, answer_tokens, generate_s + reward_s + train_s,
+        generate_s, reward_s, train_s, took["old_s"], trainer.peak_bytes(), planned.total_bytes + room_bytes, mismatch,
+        engine_tokens_per_s,
     )  # fmt: skip
 
 

@@ -400,15 +400,12 @@ def _add_kernel(
 
 
 @triton.jit
-def _activate_kernel(
-    gate_up, low, second, experts, inner, R, F,
-    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+def _gate_and_up(
+    cells, low, second, places, present, own, first, last, columns, inside, F,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    places, present, own, first, last = _tile(experts, R, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < F
+    """Gate and up of a tile, whose products lie side by side, with what is added to them."""
     there = present[:, None] & inside[None, :]
-    cells = gate_up + places[:, None] * (2 * F) + columns[None, :]
     gate = tl.load(cells, mask=there, other=0.0).to(tl.float32)
     up = tl.load(cells + F, mask=there, other=0.0).to(tl.float32)
     if low is not None:
@@ -419,6 +416,22 @@ def _activate_kernel(
         up = _added(
             up, vectors, own, first, last, second + F, columns, inside, RANK * 2 * F, 2 * F, 1, RANK, RANKS, PRECISION
         )  # fmt: skip
+    return gate, up
+
+
+@triton.jit
+def _activate_kernel(
+    gate_up, low, second, experts, inner, R, F,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    places, present, own, first, last = _tile(experts, R, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < F
+    there = present[:, None] & inside[None, :]
+    cells = gate_up + places[:, None] * (2 * F) + columns[None, :]
+    gate, up = _gate_and_up(
+        cells, low, second, places, present, own, first, last, columns, inside, F, RANK, RANKS, PRECISION
+    )  # fmt: skip
     activated = gate * tl.sigmoid(gate) * up
     tl.store(inner + places[:, None] * F + columns[None, :], activated.to(inner.dtype.element_ty), mask=there)
 
@@ -437,17 +450,10 @@ def _activate_backward_kernel(
     there = present[:, None] & inside[None, :]
     cells = places[:, None] * (2 * F) + columns[None, :]
     inner_cells = places[:, None] * F + columns[None, :]
-    gate = tl.load(gate_up + cells, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + cells + F, mask=there, other=0.0).to(tl.float32)
+    gate, up = _gate_and_up(
+        gate_up + cells, low, second, places, present, own, first, last, columns, inside, F, RANK, RANKS, PRECISION
+    )  # fmt: skip
     towards = tl.load(of_inner + inner_cells, mask=there, other=0.0).to(tl.float32)
-    if low is not None:
-        vectors = _low_of(low, places, present, RANK, RANKS)
-        gate = _added(
-            gate, vectors, own, first, last, second, columns, inside, RANK * 2 * F, 2 * F, 1, RANK, RANKS, PRECISION
-        )  # fmt: skip
-        up = _added(
-            up, vectors, own, first, last, second + F, columns, inside, RANK * 2 * F, 2 * F, 1, RANK, RANKS, PRECISION
-        )  # fmt: skip
     if back is not None:
         vectors = _low_of(back, places, present, BACK_RANK, BACK_RANKS)
         # A [E, F, r], read as its transpose.
